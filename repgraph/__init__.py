@@ -1,0 +1,29 @@
+"""See what every layer of a trained network does to a set of samples, as graphs, and act on it."""
+
+from repgraph.activations import Activations, capture, layer_names, stream
+from repgraph.graph import Graph, Partition, communities, knn_graph, threshold_graph
+from repgraph.layerwise import apply_layers, profile, profile_activations
+from repgraph.metrics.class_separation import class_separation
+from repgraph.metrics.modularity import label_agreement, modularity, modularity_ceiling, modularity_null
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activations",
+    "Graph",
+    "Partition",
+    "apply_layers",
+    "capture",
+    "class_separation",
+    "communities",
+    "knn_graph",
+    "label_agreement",
+    "layer_names",
+    "modularity",
+    "modularity_ceiling",
+    "modularity_null",
+    "profile",
+    "profile_activations",
+    "stream",
+    "threshold_graph",
+]

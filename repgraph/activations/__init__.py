@@ -1,0 +1,9 @@
+"""Choose layers, run the model over data, keep what the layers give.
+
+The only place that reads over data, sets eval mode and moves batches.
+"""
+
+from repgraph.activations.container import Activations, Spec
+from repgraph.activations.record import LayerNames, capture, layer_names, stream
+
+__all__ = ["Activations", "LayerNames", "Spec", "capture", "layer_names", "stream"]

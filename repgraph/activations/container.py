@@ -1,0 +1,409 @@
+"""Activations: what the layers gave for the same samples, wherever it is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from repgraph.labels import Labels, as_labels
+
+_INDEX = "activations.json"
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Shape of one sample's entry in a layer, and its type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per sample."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Activations(Mapping[str, Tensor]):
+    """Outputs of the layers of a model for the same n samples: a read-only mapping, layer name -> tensor (n, ...).
+
+    The layers stand in execution order. They live in memory, in a folder, or are made when they are read, in several
+    passes over the data; a reader takes one layer at a time and does not notice. Treat the tensors as read-only.
+
+    Parameters
+    ----------
+    layers
+        Layer name -> tensor (n, ...), at least one, all with the same n.
+    labels
+        One per sample, or None.
+    sample_ids
+        What identifies the samples; their positions by default.
+
+    Attributes
+    ----------
+    n : int
+        Number of samples.
+    labels : Tensor or ndarray of str or None
+        One entry per sample.
+    sample_ids : ndarray
+        One entry per sample; two captures over the same samples have the same.
+    input_hashes : Tensor or None
+        One 64-bit content hash of the model's input per sample; None where `sample_ids` were given explicitly.
+    specs : dict
+        Layer name -> `Spec` (shape of one sample's entry, dtype), without reading the layer.
+    settings : dict
+        What made the activations: model class, selection, reduction.
+
+    Raises
+    ------
+    ValueError
+        If there are no layers, or layers, labels or ids differ in length.
+
+    Examples
+    --------
+    >>> acts = Activations({"stem": torch.zeros(4, 8), "head": torch.ones(4, 2)}, labels=[0, 0, 1, 1])
+    >>> acts
+    Activations(n=4, layers=2, 160 B in memory)
+      stem  8  float32
+      head  2  float32
+    >>> acts["head"].shape
+    torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Tensor],
+        labels: Labels | None = None,
+        sample_ids: Sequence[object] | np.ndarray | Tensor | None = None,
+        *,
+        specs: Mapping[str, Spec] | None = None,
+        input_hashes: Tensor | None = None,
+        settings: Mapping[str, object] | None = None,
+        place: str = "in memory",
+        n: int | None = None,
+    ) -> None:
+        if not layers:
+            raise ValueError("layers is empty: give at least one layer")
+        self._layers = layers
+        if specs is None:
+            specs = {name: Spec(tuple(x.shape[1:]), x.dtype) for name, x in layers.items()}
+            lengths = {name: len(x) for name, x in layers.items()}
+            n = next(iter(lengths.values()))
+            odd = next((name for name in lengths if lengths[name] != n), None)
+            if odd is not None:
+                raise ValueError(
+                    f"layers must have the same number of samples: {next(iter(layers))!r} has shape "
+                    f"{tuple(next(iter(layers.values())).shape)}, {odd!r} has {tuple(layers[odd].shape)}"
+                )
+        assert n is not None
+        self.n = n
+        self.specs = dict(specs)
+        self.labels = None if labels is None else as_labels(labels)
+        ids = np.arange(n) if sample_ids is None else np.asarray(sample_ids)
+        self.sample_ids = ids if ids.dtype.kind in "iu" else ids.astype(str)
+        self.input_hashes = input_hashes
+        self.settings = dict(settings or {})
+        self._place = place
+        for name, values in (("labels", self.labels), ("sample_ids", self.sample_ids)):
+            if values is not None and len(values) != n:
+                raise ValueError(f"{name} must have one entry per sample: expected {n}, got {len(values)}")
+        if len(np.unique(self.sample_ids)) != n:
+            raise ValueError("sample_ids must be distinct, got some twice")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.specs:
+            raise KeyError(f"no layer {name!r}; the layers are {', '.join(self.specs)}")
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs  # Mapping would read the layer
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers together, wherever they are."""
+        return self.n * sum(spec.nbytes for spec in self.specs.values())
+
+    def subset(
+        self,
+        samples: Sequence[int] | np.ndarray | Tensor | slice | None = None,
+        layers: Sequence[str] | None = None,
+    ) -> Activations:
+        """The same activations for some samples (positions, a bool mask or a slice) and some layers; still unread.
+
+        Raises
+        ------
+        ValueError
+            If a layer or position does not exist, or nothing is left.
+        """
+        names = list(self.specs) if layers is None else list(layers)
+        missing = [name for name in names if name not in self.specs]
+        if missing:
+            raise ValueError(f"layers: no layer {missing[0]!r}; the layers are {', '.join(self.specs)}")
+        if samples is None:
+            samples = slice(None)
+        positions = np.arange(self.n)
+        rows: Tensor | slice
+        try:
+            taken = positions[samples if isinstance(samples, slice) else np.asarray(samples)]
+        except IndexError as error:
+            raise ValueError(f"samples must select from {self.n} samples: {error}") from error
+        rows = samples if isinstance(samples, slice) else torch.from_numpy(taken)
+        if isinstance(samples, slice) and (samples.step or 1) < 1:
+            rows = torch.from_numpy(taken.copy())
+        if not len(taken):
+            raise ValueError("samples selects no sample")
+        labels = self.labels
+        if labels is not None:
+            labels = labels[torch.from_numpy(taken.copy())] if isinstance(labels, Tensor) else labels[taken]
+        return Activations(
+            _Rows(self, rows, names),
+            labels,
+            self.sample_ids[taken],
+            specs={name: self.specs[name] for name in names},
+            input_hashes=None
+            if self.input_hashes is None
+            else self.input_hashes[torch.from_numpy(taken.copy())],
+            settings=self.settings,
+            place=self._place,
+            n=len(taken),
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write one safetensors file per layer and an index into a new or empty folder.
+
+        Raises
+        ------
+        ValueError
+            If the folder has files in it, or the disk has no room.
+        """
+        with Writer(folder, self.specs, self.n) as writer:
+            for name in self:
+                writer.append(name, self[name])
+            writer.finish(self.labels, self.sample_ids, self.input_hashes, self.settings)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Activations:
+        """Activations that `save` or `capture(folder=...)` wrote; a layer is mapped into memory when it is read.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds none, or a file is missing or damaged.
+        """
+        path = Path(folder)
+        try:
+            index = json.loads((path / _INDEX).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} holds no complete activations: {error}") from error
+        dtypes = {code: dtype for dtype, code in _CODES.items()}
+        specs = {item["name"]: Spec(tuple(item["shape"]), dtypes[item["dtype"]]) for item in index["layers"]}
+        files = {item["name"]: path / item["file"] for item in index["layers"]}
+        labels = index["labels"]
+        if labels is not None:
+            text = bool(labels["values"]) and labels["dtype"] == "str"
+            labels = (
+                np.array(labels["values"])
+                if text
+                else torch.tensor(labels["values"], dtype=dtypes[labels["dtype"]])
+            )
+        hashes = index["input_hashes"]
+        return cls(
+            _Files(files, specs, index["n"]),
+            labels,
+            np.array(index["sample_ids"]),
+            specs=specs,
+            input_hashes=None if hashes is None else torch.tensor(hashes, dtype=torch.int64),
+            settings=index["settings"],
+            place=f"in {path}",
+            n=index["n"],
+        )
+
+    def __repr__(self) -> str:
+        head = f"Activations(n={self.n}, layers={len(self)}, {readable(self.nbytes)} {self._place})"
+        wide = max(map(len, self.specs))
+        rows = [
+            f"  {name:{wide}}  {_shape(spec):{12}}".rstrip() + f"  {_dtype(spec)}"
+            for name, spec in self.specs.items()
+        ]
+        rows = [f"  {name:{wide}}  {_shape(spec)}  {_dtype(spec)}" for name, spec in self.specs.items()]
+        if len(rows) > 40:
+            rows[20:-20] = [f"  ... {len(rows) - 40} more ..."]
+        return "\n".join([head, *rows])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{_shape(spec)}</td><td>{_dtype(spec)}</td>"
+            f"<td>{readable(spec.nbytes * self.n)}</td></tr>"
+            for name, spec in self.specs.items()
+        )
+        head = f"Activations of {self.n} samples, {readable(self.nbytes)} {escape(self._place)}"
+        return (
+            f"<table><caption>{head}</caption><tr><th>layer</th><th>shape of a sample</th><th>dtype</th><th>size</th></tr>"
+            f"{rows}</table>"
+        )
+
+
+class _Rows(Mapping[str, Tensor]):
+    """Some rows of some layers, cut when a layer is read."""
+
+    def __init__(self, parent: Activations, rows: Tensor | slice, names: list[str]) -> None:
+        self.parent, self.rows, self.names = parent, rows, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.parent[name][self.rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Files(Mapping[str, Tensor]):
+    """Layers in files of their own."""
+
+    def __init__(self, files: dict[str, Path], specs: Mapping[str, Spec], n: int) -> None:
+        self.files, self.specs, self.n = files, specs, n
+
+    def __getitem__(self, name: str) -> Tensor:
+        expected = (self.n, *self.specs[name].shape)
+        try:
+            with safe_open(str(self.files[name]), "pt") as file:
+                x: Tensor = file.get_tensor("activations")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"layer {name!r}: cannot read {self.files[name]}: {error}") from error
+        if tuple(x.shape) != expected:
+            raise ValueError(
+                f"layer {name!r}: {self.files[name]} has shape {tuple(x.shape)}, expected {expected}"
+            )
+        return x
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+class Writer:
+    """Writes layers batch by batch into safetensors files of known size; without `finish` nothing is left to load."""
+
+    def __init__(self, folder: str | Path, specs: Mapping[str, Spec], n: int) -> None:
+        self.folder, self.specs, self.n = Path(folder), specs, n
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if any(self.folder.iterdir()):
+            raise ValueError(f"folder {self.folder} must be empty or new, got one with files in it")
+        need, free = n * sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(self.folder).free
+        if need > free:
+            raise ValueError(
+                f"folder {self.folder} needs {readable(need)}, its disk has {readable(free)} free"
+            )
+        self._names = {
+            name: f"{number:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:80]}.safetensors"
+            for number, name in enumerate(specs)
+        }
+        self._files: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def append(self, name: str, x: Tensor) -> None:
+        """Write the next rows of a layer."""
+        if name not in self._files:
+            spec = self.specs[name]
+            entry = {
+                "dtype": _CODES[spec.dtype],
+                "shape": [self.n, *spec.shape],
+                "data_offsets": [0, self.n * spec.nbytes],
+            }
+            header = json.dumps({"activations": entry}).encode()
+            header += b" " * (-len(header) % 8)
+            self._files[name] = (self.folder / self._names[name]).open("wb")
+            self._files[name].write(len(header).to_bytes(8, "little") + header)
+        x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(self._files[name])
+
+    def finish(
+        self,
+        labels: Tensor | np.ndarray | None,
+        sample_ids: np.ndarray,
+        input_hashes: Tensor | None,
+        settings: Mapping[str, object],
+    ) -> None:
+        """Write the index, last and in one step."""
+        for file in self._files.values():
+            file.close()
+        index = {
+            "n": self.n,
+            "layers": [
+                {"name": name, "file": self._names[name], "shape": spec.shape, "dtype": _CODES[spec.dtype]}
+                for name, spec in self.specs.items()
+            ],
+            "labels": None
+            if labels is None
+            else {
+                "dtype": _CODES[labels.dtype] if isinstance(labels, Tensor) else "str",
+                "values": labels.tolist(),
+            },
+            "sample_ids": sample_ids.tolist(),
+            "input_hashes": None if input_hashes is None else input_hashes.tolist(),
+            "settings": dict(settings),
+        }
+        draft = self.folder / f"{_INDEX}.part"
+        draft.write_text(json.dumps(index))
+        os.replace(draft, self.folder / _INDEX)
+
+
+def readable(nbytes: float) -> str:
+    """A number of bytes as people read it: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def _shape(spec: Spec) -> str:
+    return " x ".join(map(str, spec.shape)) or "scalar"
+
+
+def _dtype(spec: Spec) -> str:
+    return str(spec.dtype).removeprefix("torch.")

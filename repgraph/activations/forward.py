@@ -1,0 +1,180 @@
+"""One pass of a model over batches, with hooks, that leaves no trace in the model."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from repgraph.activations.batches import Batch, model_device, model_dtype, to_device
+
+Forward = Callable[[nn.Module, object], object]
+Visit = Callable[[str, nn.Module, Tensor, Batch], None]
+
+
+def run(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    visit: Visit,
+    *,
+    forward: Forward | None = None,
+    passes: int = 0,
+    progress: str | None = None,
+    total: int | None = None,
+) -> Iterator[Batch]:
+    """Run the model over the batches in eval mode and yield each batch when it is through.
+
+    Every call of a module in `modules` reaches ``visit(key, module, output, batch)`` inside the forward pass, before a
+    later in-place operation can change the output. The second call of a module within one forward pass has the key
+    "name#1", the third "name#2".
+
+    `passes` counts the passes over the same data so far. Later ones draw other random numbers than the first, so that a
+    shuffling loader cannot repeat itself unseen.
+    `progress` is the description of a progress bar.
+    """
+    device, dtype = model_device(model), model_dtype(model)
+    calls: Counter[str] = Counter()
+    current: list[Batch] = []
+    last = ""
+
+    def hook_for(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, _: object, output: object) -> None:
+            nonlocal last
+            key = f"{name}#{calls[name]}" if calls[name] else name
+            calls[name] += 1
+            last = key
+            visit(key, module, first_tensor(output, key), current[0])
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        for name, module in modules.items():
+            stack.enter_context(_removed(module.register_forward_hook(hook_for(name))))
+        if passes:
+            reseed(passes)
+        bar = stack.enter_context(
+            tqdm(desc=progress, total=total, unit="batch", disable=not progress, delay=1, leave=False)
+        )
+        for number, batch in enumerate(batches):
+            calls.clear()
+            current[:] = [batch]
+            try:
+                with torch.no_grad():
+                    if forward is not None:
+                        forward(model, to_device(batch.raw, device))
+                    elif isinstance(batch.inputs, Mapping):
+                        model(**to_device(batch.inputs, device, dtype))  # type: ignore[arg-type]
+                    else:
+                        model(to_device(batch.inputs, device, dtype))
+            except Exception as error:
+                error.add_note(
+                    f"repgraph: batch {number} of shape {_shapes(batch.inputs)}; last layer to run: {last or 'none'}"
+                )
+                raise
+            bar.update()
+            yield batch
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards modes and buffers are as they were, also after an exception.
+
+    Flags are set one by one, since a model may override `train`.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = {module: dict(module._buffers) for module in modes}
+    copies = {id(b): b.clone() for own in buffers.values() for b in own.values() if b is not None}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for module, own in buffers.items():
+            module._buffers.clear()
+            module._buffers.update(own)
+            for buffer in own.values():
+                if buffer is not None and not torch.equal(buffer, copies[id(buffer)]):
+                    buffer.data.copy_(copies[id(buffer)])
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Afterwards the random states of torch, NumPy and Python are as they were, also after an exception."""
+    cpu, own = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    legacy = np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        random.setstate(own)
+        np.random.set_state(legacy)  # noqa: NPY002
+
+
+def reseed(passes: int) -> None:
+    """Random numbers for a later pass over the data: other ones than the first pass drew."""
+    torch.manual_seed(torch.initial_seed() + passes & 0x7FFFFFFFFFFFFFFF)
+    np.random.seed(passes)  # noqa: NPY002
+    random.seed(passes)
+
+
+def first_tensor(output: object, key: str) -> Tensor:
+    """The tensor that stands for a layer's output: itself, or the first one of a tuple, dict or dataclass.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or it is a nested or sparse tensor.
+    """
+    found = _first(output)
+    if found is None:
+        raise ValueError(
+            f"layer {key!r} gives no tensor but {type(output).__name__}: choose a layer inside it"
+        )
+    if found.is_nested or found.layout is not torch.strided:
+        raise ValueError(f"layer {key!r} gives a nested or sparse tensor, expected a dense one")
+    return found.detach()
+
+
+def _first(output: object) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    items: Iterable[object] = ()
+    if isinstance(output, Mapping):
+        items = output.values()
+    elif isinstance(output, tuple | list):
+        items = output
+    elif is_dataclass(output):
+        items = (getattr(output, item.name) for item in fields(output))
+    return next((found for found in map(_first, items) if found is not None), None)
+
+
+@contextmanager
+def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _shapes(inputs: object) -> object:
+    if isinstance(inputs, Tensor):
+        return tuple(inputs.shape)
+    if isinstance(inputs, Mapping):
+        return {key: _shapes(value) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return [_shapes(value) for value in inputs]
+    return type(inputs).__name__

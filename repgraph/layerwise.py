@@ -1,0 +1,322 @@
+"""Over all layers at once: one function for each stored item, and the profile of a model in one call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from repgraph.activations import Activations, capture
+from repgraph.activations.batches import Source, model_device
+from repgraph.activations.forward import Forward, kept_random_state
+from repgraph.activations.layers import Select, unwrap
+from repgraph.activations.reduce import ChannelAxis, Reduce
+from repgraph.graph import Graph, communities, knn_graph
+from repgraph.labels import Labels, class_codes
+from repgraph.metrics.class_separation import class_separation
+from repgraph.metrics.modularity import modularity, modularity_ceiling, modularity_null
+from repgraph.neighbors import Metric
+
+T = TypeVar("T")
+
+
+def apply_layers(f: Callable[[T], float], items: Mapping[str, T]) -> pd.Series:
+    """One number per layer: f of each stored item, in order.
+
+    Items are read one at a time, so that `Activations` of any size will do.
+
+    Parameters
+    ----------
+    f
+        Takes an item (a tensor, a graph) and returns a number.
+    items
+        Layer name -> item.
+
+    Returns
+    -------
+    Series
+        Indexed by layer name.
+
+    Examples
+    --------
+    >>> apply_layers(lambda x: x.mean(), {"stem": torch.zeros(4, 8), "head": torch.ones(4, 2)}).tolist()
+    [0.0, 1.0]
+    """
+    values = {}
+    for name in items:
+        values[name] = float(f(items[name]))
+    return pd.Series(values, name=getattr(f, "__name__", None), dtype=float).rename_axis("layer")
+
+
+def profile(
+    model: nn.Module,
+    data: object,
+    *,
+    layers: Select = "blocks",
+    k: int = 3,
+    n: int = 500,
+    repeats: int = 5,
+    seed: int | None = None,
+    metrics: Sequence[Literal["modularity"]] = ("modularity",),
+    labels: Labels | None = None,
+    reduce: Reduce = None,
+    metric: Metric = "cosine",
+    symmetrize: Literal["mean", "union", "mutual"] = "mean",
+    permutations: int = 20,
+    memory: int | str | None = None,
+    forward: Forward | None = None,
+    batch_size: int = 64,
+    channel_axis: ChannelAxis = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Modularity of a trained network by layer, in one call: one row per layer, in execution order.
+
+    The layers' outputs for `repeats` disjoint sets of n samples become graphs (`knn_graph`), and each number below is
+    its mean over the sets; std is the one with sets - 1 (nan for one set).
+
+    Parameters
+    ----------
+    model, data, layers, labels, reduce, memory, forward, batch_size, channel_axis
+        As in `capture`. Graphs are built on the model's device.
+    k, metric, symmetrize
+        As in `knn_graph`.
+    n
+        Samples per set.
+    repeats
+        Number of sets. Set r takes the samples r n to (r + 1) n in the order of the data.
+    seed
+        Take the sets from a random permutation of all samples with this seed; needed where the data are sorted by
+        class. It also seeds the null (0 if None).
+    metrics
+        Families of metrics; "modularity" so far.
+    permutations
+        Label permutations per set for the null.
+    progress
+        Show progress bars.
+
+    Returns
+    -------
+    DataFrame
+        Index: layer name. Columns: modularity, modularity_std; null, null_std (labels permuted); ceiling (all weight
+        inside classes); class_separation; features (dimension of the flattened output); isolated (nodes without
+        weight); negative_share (share of the edges with negative weight; modularity is then the signed one). Without
+        labels: community_modularity and community_modularity_std (of Leiden communities, negative weights set to 0),
+        communities, features, isolated, negative_share. The settings are in `attrs`.
+
+    Raises
+    ------
+    ValueError
+        As `capture` and `knn_graph`; if a set holds one class only (pass `seed=`), if n or repeats is out of range, or
+        a metric is unknown.
+
+    Warns
+    -----
+    UserWarning
+        If the data run out before `repeats` sets are full, or a class of a set has k members or fewer.
+
+    References
+    ----------
+    Lu et al., "Understanding the Dynamics of DNNs Using Graph Modularity", ECCV 2022: k = 3, n = 500, five sets.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3))
+    >>> table = profile(model, (torch.rand(40, 1, 8, 8), torch.arange(40) % 2), n=20, repeats=2)
+    >>> table.index.tolist(), table["features"].tolist()
+    (['0', '2'], [144, 128])
+    """
+    _check_sets(n, repeats, metrics)
+    with kept_random_state():
+        samples: int | Tensor = n * repeats
+        if seed is not None:
+            data = list(data) if isinstance(data, Iterator) else data
+            total = Source(data, batch_size, None).n
+            samples = _order(total, seed)[: n * repeats]
+        activations = capture(
+            model,
+            data,
+            layers,
+            labels=labels,
+            reduce=reduce,
+            memory=memory,
+            forward=forward,
+            samples=samples,
+            batch_size=batch_size,
+            channel_axis=channel_axis,
+            progress=progress,
+        )
+    order = torch.arange(activations.n) if isinstance(samples, int) else samples.argsort().argsort()
+    sets = _sets(order, n, repeats)
+    return _profile(
+        activations, sets, k, metric, symmetrize, permutations, seed, model_device(unwrap(model)), progress
+    )
+
+
+def profile_activations(
+    activations: Activations,
+    *,
+    k: int = 3,
+    n: int = 500,
+    repeats: int = 5,
+    seed: int | None = None,
+    metrics: Sequence[Literal["modularity"]] = ("modularity",),
+    metric: Metric = "cosine",
+    symmetrize: Literal["mean", "union", "mutual"] = "mean",
+    permutations: int = 20,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The table of `profile` from activations that are there already, for example to vary k.
+
+    Parameters, result, errors and warnings as in `profile`; graphs are built where the activations are.
+
+    Examples
+    --------
+    >>> acts = Activations({"head": torch.rand(40, 6)}, labels=torch.arange(40) % 2)
+    >>> profile_activations(acts, n=20, repeats=2).columns.tolist()[:2]
+    ['modularity', 'modularity_std']
+    """
+    _check_sets(n, repeats, metrics)
+    order = torch.arange(activations.n) if seed is None else _order(activations.n, seed)
+    return _profile(
+        activations, _sets(order, n, repeats), k, metric, symmetrize, permutations, seed, None, progress
+    )
+
+
+def _check_sets(n: int, repeats: int, metrics: Sequence[str]) -> None:
+    if n < 2:
+        raise ValueError(f"n must be at least 2 samples per set, got {n}")
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    unknown = [name for name in metrics if name != "modularity"]
+    if isinstance(metrics, str) or unknown or not metrics:
+        raise ValueError(f"metrics must be a sequence of names from ('modularity',), got {metrics!r}")
+
+
+def _order(total: int, seed: int) -> Tensor:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+
+
+def _sets(order: Tensor, n: int, repeats: int) -> list[Tensor]:
+    """Disjoint sets of n samples, in order; all samples as one set where there are fewer than n."""
+    full = min(repeats, len(order) // n)
+    sets = [order[r * n : (r + 1) * n] for r in range(full)] or [order]
+    if full < repeats:
+        warnings.warn(
+            f"the data hold {len(order)} samples, not {repeats} sets of {n}: "
+            + (f"{full} sets are used" if full else f"one set of {len(order)} is used"),
+            stacklevel=3,
+        )
+    return sets
+
+
+def _profile(
+    activations: Activations,
+    sets: list[Tensor],
+    k: int,
+    metric: Metric,
+    symmetrize: Literal["mean", "union", "mutual"],
+    permutations: int,
+    seed: int | None,
+    device: torch.device | None,
+    progress: bool,
+) -> pd.DataFrame:
+    set_labels: list[Tensor] | None = None
+    if activations.labels is not None:
+        codes, classes = class_codes(activations.labels, activations.n)
+        set_labels = [codes[rows] for rows in sets]
+        for number, y in enumerate(set_labels):
+            sizes = torch.bincount(y, minlength=len(classes))
+            present = sizes[sizes > 0]
+            if len(present) < 2:
+                raise ValueError(
+                    f"labels: set {number} of {len(y)} samples holds one class only, so the data are sorted by class or "
+                    "have one class: pass seed= to draw the sets at random"
+                )
+            if int(present.min()) <= k:
+                warnings.warn(
+                    f"set {number} has a class of {int(present.min())} samples, not more than k = {k}: its edges must leave "
+                    "the class, and the ceiling cannot be reached",
+                    stacklevel=3,
+                )
+                break
+    rows: dict[str, dict[str, float]] = {}
+    for name in tqdm(activations, desc="graphs", unit="layer", disable=not progress, delay=1, leave=False):
+        layer = activations[name].flatten(1)
+        found = []
+        for number, chosen in enumerate(sets):
+            x = layer[_as_slice(chosen)].to(device)
+            graph = knn_graph(x, k, metric=metric, symmetrize=symmetrize)
+            found.append(
+                _labelled(x, graph, set_labels[number], permutations, (seed or 0) + number)
+                if set_labels is not None
+                else _unlabelled(graph, seed or 0)
+            )
+        rows[name] = _summary(found, layer.shape[1])
+        del layer, x  # before the next layer is read, which may need the memory
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+    table = table.astype({"features": int})
+    table.attrs = {
+        **activations.settings,
+        "k": k,
+        "metric": metric,
+        "symmetrize": symmetrize,
+        "n": len(sets[0]),
+        "repeats": len(sets),
+        "seed": seed,
+        "permutations": permutations,
+    }
+    return table
+
+
+def _as_slice(rows: Tensor) -> Tensor | slice:
+    """A run of rows as a slice, which copies nothing."""
+    start, end = int(rows[0]), int(rows[-1]) + 1
+    return slice(start, end) if torch.equal(rows, torch.arange(start, end)) else rows
+
+
+def _labelled(x: Tensor, graph: Graph, labels: Tensor, permutations: int, seed: int) -> dict[str, np.ndarray]:
+    return {
+        "modularity": np.array([modularity(graph, labels, negative="signed")]),
+        "null": modularity_null(graph, labels, permutations=permutations, seed=seed).numpy(),
+        "ceiling": np.array([modularity_ceiling(graph, labels)]),
+        "class_separation": np.array([class_separation(x, labels)]),
+        **_label_free(graph),
+    }
+
+
+def _unlabelled(graph: Graph, seed: int) -> dict[str, np.ndarray]:
+    row, col, weight = graph.edges()
+    positive = Graph.from_edges(graph.n, row, col, weight.clip(0))
+    found = communities(positive, seed=seed)
+    return {
+        "community_modularity": np.array([found.modularity]),
+        "communities": np.array([found.num_communities]),
+        **_label_free(graph),
+    }
+
+
+def _label_free(graph: Graph) -> dict[str, np.ndarray]:
+    weight = graph.edges()[2]
+    return {
+        "isolated": np.array([len(graph.isolated)]),
+        "negative_share": np.array([(weight < 0).sum() / max(np.count_nonzero(weight), 1)]),
+    }
+
+
+def _summary(found: list[dict[str, np.ndarray]], features: int) -> dict[str, float]:
+    """Mean over the sets, and std where it is a column of its own."""
+    row: dict[str, float] = {}
+    for name in found[0]:
+        values = np.concatenate([one[name] for one in found])
+        if name == "isolated":
+            row["features"] = features
+        row[name] = float(values.mean())
+        if name in ("modularity", "null", "community_modularity"):
+            row[f"{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+    return row

@@ -1,0 +1,1 @@
+"""Numbers about a layer or a pair of layers, one published idea per file."""
