@@ -162,9 +162,7 @@ class Graph:
             If a node is out of range or named twice.
         """
         index = np.asarray(nodes)
-        index = (
-            np.flatnonzero(index) if index.dtype == bool and len(index) == self.n else index.astype(np.int64)
-        )
+        index = np.flatnonzero(index) if index.dtype == bool and len(index) == self.n else index.astype(np.int64)
         if len(index) and (index.min() < 0 or index.max() >= self.n):
             raise ValueError(f"nodes must lie in 0..{self.n - 1}, got {index.min()}..{index.max()}")
         if len(np.unique(index)) != len(index):
@@ -189,9 +187,7 @@ class Graph:
         r, c = np.asarray(row, dtype=np.int64), np.asarray(col, dtype=np.int64)
         w = np.ones(len(r)) if weight is None else np.asarray(weight, dtype=np.float64)
         if not len(r) == len(c) == len(w):
-            raise ValueError(
-                f"row, col and weight must have equal length, got {len(r)}, {len(c)} and {len(w)}"
-            )
+            raise ValueError(f"row, col and weight must have equal length, got {len(r)}, {len(c)} and {len(w)}")
         if len(r) and (min(r.min(), c.min()) < 0 or max(r.max(), c.max()) >= n):
             raise ValueError(f"edges must join nodes 0..{n - 1}")
         if not directed:
@@ -208,15 +204,15 @@ class Graph:
         """Graph of a square SciPy sparse array."""
         return cls(adjacency, directed)
 
-    def to_networkx(self) -> nx.Graph:
+    def to_networkx(self) -> nx.Graph[int]:
         """A networkx `Graph` (or `DiGraph`) on nodes 0..n-1 with edge attribute "weight", stored zeros included."""
-        graph: nx.Graph = nx.DiGraph() if self.directed else nx.Graph()
+        graph: nx.Graph[int] = nx.DiGraph() if self.directed else nx.Graph()
         graph.add_nodes_from(range(self.n))
         graph.add_weighted_edges_from(zip(*(part.tolist() for part in self.edges()), strict=True))
         return graph
 
     @classmethod
-    def from_networkx(cls, graph: nx.Graph, *, weight: str = "weight") -> Graph:
+    def from_networkx(cls, graph: nx.Graph[object], *, weight: str = "weight") -> Graph:
         """Graph of a networkx graph; node i is the i-th of `graph.nodes`, a missing weight is 1."""
         number = {node: i for i, node in enumerate(graph.nodes)}
         edges = [(number[u], number[v], data.get(weight, 1.0)) for u, v, data in graph.edges(data=True)]
@@ -369,11 +365,7 @@ def threshold_graph(x: Tensor, threshold: float, *, metric: Metric = "cosine") -
     row, col, weight = [], [], []
     for start in range(0, len(x), 256):
         part = x[start : start + 256]
-        s = (
-            part @ x.T
-            if metric == "cosine"
-            else torch.cdist(part, x, compute_mode="donot_use_mm_for_euclid_dist")
-        )
+        s = part @ x.T if metric == "cosine" else torch.cdist(part, x, compute_mode="donot_use_mm_for_euclid_dist")
         linked = (s >= threshold) if metric == "cosine" else (s <= threshold)
         i, j = linked.triu(start + 1).nonzero(as_tuple=True)
         row.append(i + start)

@@ -34,9 +34,7 @@ def as_labels(labels: Labels) -> Tensor | np.ndarray:
         return labels.detach().cpu()
     if not isinstance(labels, np.ndarray | pd.Series):
         items = list(labels)
-        labels = (
-            torch.stack(items).cpu().numpy() if items and isinstance(items[0], Tensor) else np.array(items)
-        )
+        labels = torch.stack(items).cpu().numpy() if items and isinstance(items[0], Tensor) else np.array(items)
     array = np.asarray(labels)
     if array.dtype.kind == "O":
         kinds = {type(item) for item in array.ravel()}

@@ -153,9 +153,7 @@ def profile(
         )
     order = torch.arange(activations.n) if isinstance(samples, int) else samples.argsort().argsort()
     sets = _sets(order, n, repeats)
-    return _profile(
-        activations, sets, k, metric, symmetrize, permutations, seed, model_device(unwrap(model)), progress
-    )
+    return _profile(activations, sets, k, metric, symmetrize, permutations, seed, model_device(unwrap(model)), progress)
 
 
 def profile_activations(
@@ -183,9 +181,7 @@ def profile_activations(
     """
     _check_sets(n, repeats, metrics)
     order = torch.arange(activations.n) if seed is None else _order(activations.n, seed)
-    return _profile(
-        activations, _sets(order, n, repeats), k, metric, symmetrize, permutations, seed, None, progress
-    )
+    return _profile(activations, _sets(order, n, repeats), k, metric, symmetrize, permutations, seed, None, progress)
 
 
 def _check_sets(n: int, repeats: int, metrics: Sequence[str]) -> None:
@@ -235,12 +231,12 @@ def _profile(
             present = sizes[sizes > 0]
             if len(present) < 2:
                 raise ValueError(
-                    f"labels: set {number} of {len(y)} samples holds one class only, so the data are sorted by class or "
+                    f"labels: set {number} of {len(y)} samples holds one class only: the data are sorted by class or "
                     "have one class: pass seed= to draw the sets at random"
                 )
             if int(present.min()) <= k:
                 warnings.warn(
-                    f"set {number} has a class of {int(present.min())} samples, not more than k = {k}: its edges must leave "
+                    f"set {number} has a class of {int(present.min())} samples, not more than k = {k}: edges must leave "
                     "the class, and the ceiling cannot be reached",
                     stacklevel=3,
                 )
@@ -262,7 +258,7 @@ def _profile(
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
     table = table.astype({"features": int})
     table.attrs = {
-        **activations.settings,
+        **{str(key): value for key, value in activations.settings.items()},
         "k": k,
         "metric": metric,
         "symmetrize": symmetrize,

@@ -24,7 +24,7 @@ _SMALL, _LARGE = 1e-12, 1e15  # norms whose products float32 holds
 
 
 def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor]:
-    r"""k nearest neighbours of each sample, exact, on the device of x.
+    r"""The k nearest neighbours of each sample, exact, on the device of x.
 
     cosine: s_ij = <x_i, x_j> / (max(\|x_i\|, 1e-8) max(\|x_j\|, 1e-8)), in [-1, 1], the k largest; a zero row
     has similarity 0 to everybody. euclidean: d_ij = \|x_i - x_j\|, the k smallest. A sample is never its own
@@ -127,9 +127,7 @@ def as_samples(x: Tensor) -> Tensor:
         If x has fewer than two axes, no features, or NaN or infinite values.
     """
     if x.ndim < 2 or x[:1].numel() == 0:
-        raise ValueError(
-            f"x must have shape (n, ...) with n samples of at least one feature, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"x must have shape (n, ...) with n samples of at least one feature, got {tuple(x.shape)}")
     x = x.detach().flatten(1)
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if not x.sum().isfinite() and not x.isfinite().all():  # the sum of finite numbers may overflow
@@ -177,9 +175,7 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return s
 
 
-def _screen(
-    z: Tensor, factor: Tensor | None, half: Tensor | None, m: int, block: int
-) -> tuple[Tensor, Tensor]:
+def _screen(z: Tensor, factor: Tensor | None, half: Tensor | None, m: int, block: int) -> tuple[Tensor, Tensor]:
     """The m largest of each row of factor_i factor_j <z_i, z_j> - half_i - half_j, self excluded, and their columns.
 
     z is (n, d), factor and half are (n,); the result is (n, m) twice. Each pair is computed once.
@@ -213,7 +209,7 @@ def _merge(values: Tensor, indices: Tensor, s: Tensor, offset: int) -> None:
 
 def _parts(rows: Tensor, floats: int) -> tuple[Tensor, ...]:
     """The chosen rows, in parts that need at most the workspace at `floats` float64 numbers a row."""
-    return rows.nonzero()[:, 0].split(max(1, _WORKSPACE // (8 * floats)))
+    return torch.split(rows.nonzero()[:, 0], max(1, _WORKSPACE // (8 * floats)))
 
 
 def _best(scores: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ The only place that reads over data, sets eval mode and moves batches.
 """
 
 from repgraph.activations.container import Activations, Spec
-from repgraph.activations.record import LayerNames, capture, layer_names, stream
+from repgraph.activations.names import LayerNames, layer_names
+from repgraph.activations.record import capture, stream
 
 __all__ = ["Activations", "LayerNames", "Spec", "capture", "layer_names", "stream"]

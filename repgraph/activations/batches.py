@@ -64,9 +64,7 @@ class Source:
         if isinstance(samples, int) and samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         if isinstance(data, list) and _is_pair(data):
-            raise ValueError(
-                "data is a list, which is read as batches: pass the tuple (inputs, labels) instead"
-            )
+            raise ValueError("data is a list, which is read as batches: pass the tuple (inputs, labels) instead")
         limit = samples if isinstance(samples, int) else None
         self._counted = False
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
@@ -205,9 +203,7 @@ def _tensors(item: object) -> Iterator[Tensor]:
 def _size(item: object) -> int:
     first = next(_tensors(item), None)
     if first is None or first.ndim == 0:
-        raise TypeError(
-            f"a batch must hold a tensor with samples on its first axis, got {type(item).__name__}"
-        )
+        raise TypeError(f"a batch must hold a tensor with samples on its first axis, got {type(item).__name__}")
     return len(first)
 
 

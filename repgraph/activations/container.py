@@ -195,9 +195,7 @@ class Activations(Mapping[str, Tensor]):
             labels,
             self.sample_ids[taken],
             specs={name: self.specs[name] for name in names},
-            input_hashes=None
-            if self.input_hashes is None
-            else self.input_hashes[torch.from_numpy(taken.copy())],
+            input_hashes=None if self.input_hashes is None else self.input_hashes[torch.from_numpy(taken.copy())],
             settings=self.settings,
             place=self._place,
             n=len(taken),
@@ -237,9 +235,7 @@ class Activations(Mapping[str, Tensor]):
         if labels is not None:
             text = bool(labels["values"]) and labels["dtype"] == "str"
             labels = (
-                np.array(labels["values"])
-                if text
-                else torch.tensor(labels["values"], dtype=dtypes[labels["dtype"]])
+                np.array(labels["values"]) if text else torch.tensor(labels["values"], dtype=dtypes[labels["dtype"]])
             )
         hashes = index["input_hashes"]
         return cls(
@@ -256,10 +252,6 @@ class Activations(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         head = f"Activations(n={self.n}, layers={len(self)}, {readable(self.nbytes)} {self._place})"
         wide = max(map(len, self.specs))
-        rows = [
-            f"  {name:{wide}}  {_shape(spec):{12}}".rstrip() + f"  {_dtype(spec)}"
-            for name, spec in self.specs.items()
-        ]
         rows = [f"  {name:{wide}}  {_shape(spec)}  {_dtype(spec)}" for name, spec in self.specs.items()]
         if len(rows) > 40:
             rows[20:-20] = [f"  ... {len(rows) - 40} more ..."]
@@ -273,8 +265,8 @@ class Activations(Mapping[str, Tensor]):
         )
         head = f"Activations of {self.n} samples, {readable(self.nbytes)} {escape(self._place)}"
         return (
-            f"<table><caption>{head}</caption><tr><th>layer</th><th>shape of a sample</th><th>dtype</th><th>size</th></tr>"
-            f"{rows}</table>"
+            f"<table><caption>{head}</caption><tr><th>layer</th><th>shape of a sample</th><th>dtype</th>"
+            f"<th>size</th></tr>{rows}</table>"
         )
 
 
@@ -308,9 +300,7 @@ class _Files(Mapping[str, Tensor]):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"layer {name!r}: cannot read {self.files[name]}: {error}") from error
         if tuple(x.shape) != expected:
-            raise ValueError(
-                f"layer {name!r}: {self.files[name]} has shape {tuple(x.shape)}, expected {expected}"
-            )
+            raise ValueError(f"layer {name!r}: {self.files[name]} has shape {tuple(x.shape)}, expected {expected}")
         return x
 
     def __iter__(self) -> Iterator[str]:
@@ -330,9 +320,7 @@ class Writer:
             raise ValueError(f"folder {self.folder} must be empty or new, got one with files in it")
         need, free = n * sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(self.folder).free
         if need > free:
-            raise ValueError(
-                f"folder {self.folder} needs {readable(need)}, its disk has {readable(free)} free"
-            )
+            raise ValueError(f"folder {self.folder} needs {readable(need)}, its disk has {readable(free)} free")
         self._names = {
             name: f"{number:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:80]}.safetensors"
             for number, name in enumerate(specs)

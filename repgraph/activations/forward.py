@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 
@@ -29,7 +29,7 @@ def run(
     passes: int = 0,
     progress: str | None = None,
     total: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Run the model over the batches in eval mode and yield each batch when it is through.
 
     Every call of a module in `modules` reaches ``visit(key, module, output, batch)`` inside the forward pass, before a
@@ -112,7 +112,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def kept_random_state() -> Iterator[None]:
     """Afterwards the random states of torch, NumPy and Python are as they were, also after an exception."""
     cpu, own = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     legacy = np.random.get_state()  # noqa: NPY002
     try:
         yield
@@ -141,9 +141,7 @@ def first_tensor(output: object, key: str) -> Tensor:
     """
     found = _first(output)
     if found is None:
-        raise ValueError(
-            f"layer {key!r} gives no tensor but {type(output).__name__}: choose a layer inside it"
-        )
+        raise ValueError(f"layer {key!r} gives no tensor but {type(output).__name__}: choose a layer inside it")
     if found.is_nested or found.layout is not torch.strided:
         raise ValueError(f"layer {key!r} gives a nested or sparse tensor, expected a dense one")
     return found.detach()

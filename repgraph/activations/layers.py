@@ -33,11 +33,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
+        inner = model.module if isinstance(model, wrappers) else model._orig_mod
+        assert isinstance(inner, nn.Module)
+        model = inner
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "model is a scripted or traced module, whose layers cannot be hooked: pass the original one"
-        )
+        raise ValueError("model is a scripted or traced module, whose layers cannot be hooked: pass the original one")
     return model
 
 
@@ -110,13 +110,11 @@ def _blocks(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if count[type(module)] > 1 and not plain and not inside:
             found[name] = module
-    convs = {name: module for name, module in modules.items() if isinstance(module, _CONV)}
+    convs: dict[str, nn.Module] = {name: module for name, module in modules.items() if isinstance(module, _CONV)}
     if not found:
         found = convs or {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
         if not found:
-            raise ValueError(
-                "layers='blocks' finds no repeated block, conv or linear layer: name the layers instead"
-            )
+            raise ValueError("layers='blocks' finds no repeated block, conv or linear layer: name the layers instead")
     first = next(iter(convs), None)
     return {name: module for name, module in modules.items() if name in found or name == first}
 

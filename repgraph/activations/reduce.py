@@ -54,9 +54,7 @@ def reduced(
         value = how(x)
         if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != len(x):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"layer {key!r}: reduce must return one row per sample, expected {len(x)} rows, got {got}"
-            )
+            raise ValueError(f"layer {key!r}: reduce must return one row per sample, expected {len(x)} rows, got {got}")
         return value
     if x.ndim <= 2:
         return x
@@ -75,10 +73,7 @@ def reduced(
         return x[:, 0] if how == "cls" else x[:, -1]
     shown = _fitting(mask, x, key)
     place = torch.arange(1, x.shape[1] + 1, device=x.device) * shown  # 0 where hidden
-    if how == "last":
-        index = place.argmax(1)
-    else:
-        index = shown.to(torch.int8).argmax(1)
+    index = place.argmax(1) if how == "last" else shown.to(torch.int8).argmax(1)
     return x[torch.arange(len(x), device=x.device), index]
 
 
@@ -92,7 +87,7 @@ def _fitting(mask: Tensor, x: Tensor, key: str) -> Tensor:
 
 
 def _channel_axis(x: Tensor, module: nn.Module, key: str, given: ChannelAxis) -> int:
-    """Channel axis, positive. Tokens (n, T, d) have it last, images (n, c, h, w) first, unless the layer's widths differ."""
+    """Channel axis, positive. Tokens (n, T, d) have it last, images (n, c, h, w) first, unless its widths differ."""
     if isinstance(module, _FIRST):
         return 1  # torch fixes the layout of these
     if isinstance(given, Mapping):
@@ -108,7 +103,7 @@ def _channel_axis(x: Tensor, module: nn.Module, key: str, given: ChannelAxis) ->
     usual = 1 if x.ndim > 3 else 2
     if looks_first == looks_last and not looks_first:
         return usual
-    if looks_first and looks_last or (looks_last and usual == 1):
+    if (looks_first and looks_last) or (looks_last and usual == 1):
         raise ValueError(
             f"layer {key!r}: cannot tell the channels of an output of shape {tuple(x.shape)}"
             f"{' (the last axis looks like them)' if not looks_first else ''}: pass channel_axis=1 or channel_axis=-1, "

@@ -18,9 +18,7 @@ from repgraph.labels import Labels, class_codes
 Negative = Literal["raise", "clip", "signed", "keep"]
 
 
-def modularity(
-    graph: Graph, labels: Labels, *, resolution: float = 1.0, negative: Negative = "raise"
-) -> float:
+def modularity(graph: Graph, labels: Labels, *, resolution: float = 1.0, negative: Negative = "raise") -> float:
     r"""Modularity Q of a graph with the classes as communities: how far the layer has sorted the samples.
 
     Over the undirected edges (i, j, w), each once: T = sum w, In = sum of w with y_i = y_j,
@@ -180,9 +178,7 @@ def _edges(graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(row).long(), torch.from_numpy(col).long(), torch.from_numpy(weight)
 
 
-def _modularity(
-    row: Tensor, col: Tensor, weight: Tensor, codes: Tensor, classes: int, resolution: float
-) -> Tensor:
+def _modularity(row: Tensor, col: Tensor, weight: Tensor, codes: Tensor, classes: int, resolution: float) -> Tensor:
     """Q of an edge list (row, col, weight), each edge once; codes (n,) in 0..classes-1. A tensor without axes."""
     inside = (weight * (codes[row] == codes[col])).sum()
     return inside / weight.sum() - resolution * _chance(row, col, weight, codes, classes)

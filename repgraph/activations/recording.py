@@ -1,0 +1,197 @@
+"""One pass at a time over a model's layers, with every check on the way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repgraph.activations.batches import Batch, Source
+from repgraph.activations.container import Spec
+from repgraph.activations.forward import Forward, reseed, run
+from repgraph.activations.layers import Select, choose, unwrap
+from repgraph.activations.reduce import ChannelAxis, Reduce, reduced
+
+_PROBE = 4096  # numbers compared per layer between two runs of the first batch
+
+
+class Recording:
+    """A model, data and a choice of layers: tells what the layers give, then records some of them in a pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: object,
+        layers: Select,
+        reduce: Reduce,
+        channel_axis: ChannelAxis,
+        forward: Forward | None,
+        batch_size: int,
+        samples: int | Sequence[int] | Tensor | None,
+        progress: bool,
+    ) -> None:
+        self.model = unwrap(model)
+        self.modules = choose(self.model, layers)
+        self.source = Source(data, batch_size, samples)
+        self.reduce, self.channel_axis, self.forward, self.progress = reduce, channel_axis, forward, progress
+        self.passes = 0
+        self.labels: Tensor | np.ndarray | None = None
+        self.hashes = torch.zeros(0, dtype=torch.int64)
+        self._iterator: Iterator[Batch] | None = iter(self.source)
+        self._first = next(self._iterator)
+        self._probes: dict[str, Tensor] = {}
+        self.specs = self._probe(layers)
+
+    def _probe(self, layers: Select) -> dict[str, Spec]:
+        """Run the first batch once, to see which layers run in which order and what they give."""
+        specs: dict[str, Spec] = {}
+
+        def look(key: str, module: nn.Module, x: Tensor, batch: Batch) -> None:
+            value = self._value(key, module, x, batch)
+            specs[key] = Spec(tuple(value.shape[1:]), value.dtype)
+            self._probes[key] = _sample(value)
+
+        with closing(run(self.model, self.modules, [self._first], look, forward=self.forward)) as batches:
+            for _ in batches:
+                pass
+        items = [layers] if isinstance(layers, str) else [] if callable(layers) else list(layers)
+        exact = [item for item in items if isinstance(item, str) and re.search(r"#\d+$", item)]
+        silent = [name for name in self.modules if name not in specs]
+        named = [name for name in (*silent, *exact) if name in items and name not in specs]
+        if named or not specs:
+            what = f"layer {named[0]!r} does" if named else "the chosen layers do"
+            raise ValueError(
+                f"{what} not run in a forward pass in eval mode; those that ran: {', '.join(specs) or 'none'}"
+            )
+        if exact:  # of a module that is meant by call, only the named calls
+            meant = {item.split("#")[0] for item in exact} - set(items)
+            specs = {key: spec for key, spec in specs.items() if key in exact or key.split("#")[0] not in meant}
+        return specs
+
+    def _value(self, key: str, module: nn.Module, x: Tensor, batch: Batch) -> Tensor:
+        if x.ndim == 0 or len(x) != batch.size:
+            raise ValueError(
+                f"layer {key!r} gives shape {tuple(x.shape)} for a batch of {batch.size} samples: its first axis must "
+                "be the batch (batch_first=True in torch's attention and recurrent layers)"
+            )
+        return reduced(x, self.reduce, mask=batch.mask, channel_axis=self.channel_axis, key=key, module=module)
+
+    def run(self, names: Sequence[str], keep: Callable[[str, Tensor], None], description: str = "capture") -> None:
+        """One pass that hands the batches of the named layers to `keep`, in order, and checks everything on the way."""
+        wanted = set(names)
+        modules = {
+            name: m
+            for name, m in self.modules.items()
+            if any(key.split("#")[0] == name or key == name for key in wanted)
+        }
+        seen: set[str] = set()
+        extremes: list[tuple[str, Tensor]] = []
+
+        def visit(key: str, module: nn.Module, x: Tensor, batch: Batch) -> None:
+            if key not in wanted:
+                if key not in self._probes:
+                    raise ValueError(f"layer {key!r} runs at sample {batch.start}, but not in the first batch")
+                return
+            value = self._value(key, module, x, batch)
+            spec = self.specs[key]
+            if tuple(value.shape[1:]) != spec.shape:
+                raise ValueError(
+                    f"layer {key!r} gives shape {tuple(value.shape)} at sample {batch.start}, expected (b, "
+                    f"{', '.join(map(str, spec.shape))}) as in the first batch: pass reduce='mean' or equal inputs"
+                )
+            if value.is_floating_point() and value.numel():
+                extremes.append((key, torch.stack(value.aminmax())))  # both are NaN where any entry is
+            if batch.start == 0 and not _alike(_sample(value), self._probes[key], value.dtype):
+                raise ValueError(
+                    f"layer {key!r} differs between two runs of the first batch: the forward pass is random "
+                    "(functional dropout, noise) even in eval mode"
+                )
+            seen.add(key)
+            keep(key, value)
+
+        first = self._iterator is not None
+        batches = chain([self._first], self._iterator) if self._iterator is not None else iter(self.source)
+        self._iterator = None
+        passing = run(
+            self.model,
+            modules,
+            batches,
+            visit,
+            forward=self.forward,
+            passes=self.passes,
+            progress=description if self.progress else None,
+            total=self.source.num_batches,
+        )
+        self.passes += 1
+        labels: list[Tensor | np.ndarray] = []
+        hashes: list[Tensor] = []
+        with closing(passing):
+            for batch in passing:
+                missing = wanted - seen
+                if missing:
+                    raise ValueError(
+                        f"layer {min(missing)!r} does not run at sample {batch.start}, but in the first batch"
+                    )
+                _refuse_nan(extremes, batch)
+                seen.clear()
+                extremes.clear()
+                hashes.append(batch.hashes())
+                if not first:
+                    self._compare(hashes[-1], batch)
+                elif batch.labels is not None:
+                    labels.append(batch.labels)
+        if first:
+            self.hashes = torch.cat(hashes)
+            self.labels = _joined(labels, self.source.n)
+
+    def _compare(self, hashes: Tensor, batch: Batch) -> None:
+        differ = (hashes != self.hashes[batch.start : batch.start + batch.size]).nonzero()
+        if len(differ):
+            raise ValueError(
+                f"data gave another sample {batch.start + int(differ[0])} in a later pass than in the first: several "
+                "passes need a loader that does not shuffle and images without random augmentation; or raise memory=, or "
+                "pass folder="
+            )
+
+    def check_order(self) -> None:
+        """Compare the first batch of another reading with the first pass, before any later pass is needed."""
+        reseed(self.passes)
+        batch = next(iter(self.source))
+        self._compare(batch.hashes(), batch)
+
+
+def _sample(x: Tensor) -> Tensor:
+    flat = x.detach().reshape(-1)
+    return flat[:: max(1, -(-len(flat) // _PROBE))].to(device="cpu", dtype=torch.float32, copy=True)
+
+
+def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Equal but for the rounding of a run; NaN is not judged here."""
+    tolerance = 1e-3 if dtype.itemsize >= 4 else 5e-2
+    scale = float(b.nan_to_num(0, 0, 0).abs().max()) if len(b) else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def _refuse_nan(extremes: list[tuple[str, Tensor]], batch: Batch) -> None:
+    """One look at the device for all layers of a batch."""
+    if not extremes:
+        return
+    finite = torch.stack([pair.float().isfinite().all() for _, pair in extremes])
+    if not bool(finite.all()):
+        name = extremes[int((~finite).nonzero()[0])][0]
+        raise ValueError(
+            f"layer {name!r} gives NaN or infinite values among the {batch.size} samples from sample {batch.start} on"
+        )
+
+
+def _joined(labels: list[Tensor | np.ndarray], n: int) -> Tensor | np.ndarray | None:
+    if sum(map(len, labels)) != n:
+        return None
+    if all(isinstance(part, Tensor) for part in labels):
+        return torch.cat([torch.as_tensor(part) for part in labels])
+    return np.concatenate([np.asarray(part) for part in labels])
