@@ -136,8 +136,7 @@ def profile(
         samples: int | Tensor = n * repeats
         if seed is not None:
             data = list(data) if isinstance(data, Iterator) else data
-            total = Source(data, batch_size, None).n
-            samples = _order(total, seed)[: n * repeats]
+            samples = set_order(data, batch_size, seed)[: n * repeats]
         activations = capture(
             model,
             data,
@@ -194,6 +193,11 @@ def _check_sets(n: int, repeats: int, metrics: Sequence[str]) -> None:
         raise ValueError(f"metrics must be a sequence of names from ('modularity',), got {metrics!r}")
 
 
+def set_order(data: object, batch_size: int, seed: int) -> Tensor:
+    """The random order of all samples of the data from which `profile` takes its sets, (total,)."""
+    return _order(Source(data, batch_size, None).n, seed)
+
+
 def _order(total: int, seed: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))
 
@@ -236,8 +240,8 @@ def _profile(
                 )
             if int(present.min()) <= k:
                 warnings.warn(
-                    f"set {number} has a class of {int(present.min())} samples, not more than k = {k}: edges must leave "
-                    "the class, and the ceiling cannot be reached",
+                    f"set {number} has a class of {int(present.min())} samples, not more than k = {k}: edges must "
+                    "leave it, and the ceiling cannot be reached",
                     stacklevel=3,
                 )
                 break

@@ -153,9 +153,9 @@ class Recording:
         differ = (hashes != self.hashes[batch.start : batch.start + batch.size]).nonzero()
         if len(differ):
             raise ValueError(
-                f"data gave another sample {batch.start + int(differ[0])} in a later pass than in the first: several "
-                "passes need a loader that does not shuffle and images without random augmentation; or raise memory=, or "
-                "pass folder="
+                f"data gave another sample {batch.start + int(differ[0])} in a later pass than in the first: "
+                "several passes need a loader that does not shuffle and images without random augmentation; or raise "
+                "memory=, or pass folder="
             )
 
     def check_order(self) -> None:

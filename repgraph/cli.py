@@ -1,0 +1,188 @@
+"""The command line: `repgraph demo`, `repgraph layers`, `repgraph profile`. Thin over the functions."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+
+import click
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from repgraph import __version__
+from repgraph.activations import capture, layer_names
+from repgraph.activations.reduce import Reduce
+from repgraph.layerwise import profile, set_order
+from repgraph.loading import load_data, load_model
+from repgraph.report import write_report
+
+_DRAWN = 300  # samples in a drawing
+_PANELS = 4
+
+_model_options = [
+    click.argument("model"),
+    click.option("--weights", metavar="FILE", help="Weights: safetensors, or a state dict saved by torch."),
+    click.option("--arg", "arguments", multiple=True, metavar="NAME=VALUE", help="Argument of MODEL; repeatable."),
+    click.option("--layers", "select", default="blocks", show_default=True, help="blocks, leaves, names, wildcards."),
+]
+
+
+def main() -> None:
+    """Run the command line: an error is one line on stderr and exit code 2."""
+    mpl.use("Agg")
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        notes = "; ".join(getattr(error, "__notes__", []))
+        click.echo(f"Error: {' '.join(str(error).split())}{f' ({notes})' if notes else ''}", err=True)
+        sys.exit(2)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="repgraph")
+@click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
+def cli(traceback: bool) -> None:
+    """See what every layer of a trained network does to a set of samples."""
+
+
+@cli.command()
+@click.option("--out", default="repgraph-demo", show_default=True, help="Folder for the results.")
+def demo(out: str) -> None:
+    """Profile a small trained network that comes along: table, figures and a page in a folder."""
+    from repgraph.demo import digits, digits_resnet
+
+    start = time.perf_counter()
+    model, data = digits_resnet(), digits()
+    table = profile(model, data, n=200)
+    text = (
+        "A residual network of 14 blocks, trained on 797 of scikit-learn's handwritten digits, looks at 1000 others in "
+        "5 sets of 200. At each layer an image is linked to the 3 images whose outputs are most similar to its own. "
+        "Modularity says how far these links have sorted the images by class: 0 is chance, 0.9 is perfect."
+    )
+    _finish(out, model, data, table, "repgraph demo: handwritten digits through a network", text)
+    click.echo(f"done in {time.perf_counter() - start:.0f} s")
+
+
+@cli.command()
+@click.option("--input", "shape", metavar="SHAPE", help="Shape of one input, as 3,224,224; assumed if not given.")
+def layers(model: str, weights: str | None, arguments: tuple[str, ...], select: str, shape: str | None) -> None:
+    """List the layers of MODEL that would be taken, in execution order, with their output shapes.
+
+    MODEL is "package.module:callable" or "file.py:callable".
+    """
+    net = load_model(model, weights, arguments)
+    data = None
+    if shape is not None:
+        try:
+            data = torch.zeros(2, *(int(side) for side in shape.replace("x", ",").split(",")))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"--input must be a shape like 3,224,224, got {shape!r}") from error
+    click.echo(repr(layer_names(net, _split(select), data)))
+
+
+@cli.command("profile")
+@click.argument("data")
+@click.option("--k", default=3, show_default=True, help="Neighbours per sample.")
+@click.option("--n", default=500, show_default=True, help="Samples per set.")
+@click.option("--repeats", default=5, show_default=True, help="Number of sets.")
+@click.option("--seed", type=int, help="Draw the sets at random with this seed.")
+@click.option("--reduce", type=click.Choice(["mean", "cls", "last"]), help="Pool positions or tokens.")
+@click.option("--memory", metavar="SIZE", help='Budget for activations, as "2 GB".')
+@click.option("--batch-size", default=64, show_default=True, help="Samples per forward pass.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--size", type=int, help="Resize images to this side and crop the centre square.")
+@click.option("--mean", metavar="NUMBERS", help="Mean per channel to subtract, as 0.485,0.456,0.406.")
+@click.option("--std", metavar="NUMBERS", help="Deviation per channel to divide by.")
+@click.option("--out", default="repgraph-profile", show_default=True, help="Folder for the results.")
+def profile_command(
+    model: str,
+    data: str,
+    weights: str | None,
+    arguments: tuple[str, ...],
+    select: str,
+    k: int,
+    n: int,
+    repeats: int,
+    seed: int | None,
+    reduce: Reduce,
+    memory: str | None,
+    batch_size: int,
+    device: str,
+    size: int | None,
+    mean: str | None,
+    std: str | None,
+    out: str,
+) -> None:
+    """Modularity of MODEL on DATA by layer: table, figures and a page in a folder.
+
+    MODEL is "package.module:callable" or "file.py:callable". DATA is an .npz file (arrays x and y), a folder with one
+    folder of images per class, or "package.module:callable" giving anything that repgraph.capture takes. Images of
+    8 bits become numbers in [0, 1], channels first; --mean and --std then normalise them.
+    """
+    net = load_model(model, weights, arguments).to(device)
+    items = load_data(data, size=size, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"))
+    items = list(items) if isinstance(items, Iterator) else items
+    table = profile(
+        net,
+        items,
+        layers=_split(select),
+        k=k,
+        n=n,
+        repeats=repeats,
+        seed=seed,
+        reduce=reduce,
+        memory=memory,
+        batch_size=batch_size,
+    )
+    _finish(out, net, items, table, f"{model} on {data}", "", seed=seed, reduce=reduce, batch_size=batch_size)
+
+
+for _decorate in reversed(_model_options):
+    layers, profile_command = _decorate(layers), _decorate(profile_command)
+
+
+def _finish(
+    out: str,
+    model: nn.Module,
+    data: object,
+    table: pd.DataFrame,
+    title: str,
+    text: str,
+    *,
+    seed: int | None = None,
+    reduce: Reduce = None,
+    batch_size: int = 64,
+) -> None:
+    """Draw a few layers, write the report and print the table."""
+    places = np.unique(np.linspace(0, len(table) - 1, _PANELS).round().astype(int))
+    samples = _DRAWN if seed is None else set_order(data, batch_size, seed)[:_DRAWN]
+    names = [str(name) for name in table.index[places]]
+    drawn = capture(model, data, names, samples=samples, reduce=reduce, batch_size=batch_size)
+    files = write_report(out, table, drawn, title=title, text=text)
+    click.echo(table.round(4).to_string())
+    click.echo("\nwrote " + ", ".join(str(file) for file in files))
+
+
+def _split(select: str) -> str | list[str]:
+    parts = [part.strip() for part in select.split(",") if part.strip()]
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} must be numbers like 0.485,0.456,0.406, got {text!r}") from error

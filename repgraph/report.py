@@ -1,0 +1,98 @@
+"""The result of a profile in a folder: table, curve, graph drawings and one page that shows them."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+from repgraph import plot
+from repgraph.activations import Activations
+from repgraph.graph import knn_graph
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } img { max-width: 100% }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4 }
+tbody th { font-family: monospace }
+.scroll { overflow-x: auto } .note { color: #555 }
+"""
+_COLUMNS = {
+    "modularity": "how far the layer has sorted the samples by class (mean over the sample sets)",
+    "null": "the same with permuted labels: what chance gives",
+    "ceiling": "the value if every edge stayed inside a class",
+    "class_separation": "share of the cosine distance between samples that lies between classes",
+    "community_modularity": "modularity of the communities that Leiden finds without labels",
+    "communities": "their number",
+    "features": "numbers per sample",
+    "isolated": "samples without any edge",
+    "negative_share": "share of edges of negative weight",
+}
+
+
+def write_report(
+    folder: str | Path, table: pd.DataFrame, drawn: Activations, *, title: str, text: str = ""
+) -> list[Path]:
+    """Write profile.csv, curve.png, graphs.png and index.html into a folder, which is made if need be.
+
+    Parameters
+    ----------
+    folder
+        Where to write; files of these names are replaced.
+    table
+        A table of `profile`.
+    drawn
+        The layers whose graphs are drawn, for a few hundred samples.
+    title, text
+        Heading and first paragraph of the page.
+
+    Returns
+    -------
+    list of Path
+        The files, the page last.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    csv, curve, drawings, page = (path / name for name in ("profile.csv", "curve.png", "graphs.png", "index.html"))
+    a = table.attrs
+    table.to_csv(csv)
+    _save(plot.curve(table), curve)
+    graphs = {name: knn_graph(drawn[name], a["k"], metric=a["metric"], symmetrize=a["symmetrize"]) for name in drawn}
+    titles = {name: f"{name}: {table.iloc[:, 0][name]:.2f}" for name in graphs}
+    _save(plot.graphs(graphs, drawn.labels, titles=titles)[0], drawings)
+    first = table.columns[0]
+    settings = ", ".join(f"{key} = {value}" for key, value in a.items() if value is not None)
+    explained = "".join(f"<li><b>{name}</b>: {_COLUMNS[name]}</li>" for name in table if name in _COLUMNS)
+    colours = "" if drawn.labels is None else "Colours are classes, red lines join different classes. "
+    page.write_text(
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head>
+<body><h1>{escape(title)}</h1><p>{escape(text)}</p>
+<h2>By layer</h2><img alt="{first} against the layers" src="{_embedded(curve)}">
+<h2>The graph through the layers</h2>
+<p class="note">{drawn.n} samples, each linked to its {a["k"]} nearest at that layer; above each panel the
+{first.replace("_", " ")} from the table. {colours}A sample starts from the place that it has in the next panel, so what
+moves is what the links moved.</p>
+<img alt="graph drawings of {len(graphs)} layers" src="{_embedded(drawings)}">
+<h2>Numbers</h2><div class="scroll">{table.to_html(float_format="{:.4f}".format, border=0)}</div><ul>{explained}</ul>
+<p class="note">Settings: {escape(settings)}.</p></body></html>
+""",
+        encoding="utf-8",
+    )
+    return [csv, curve, drawings, page]
+
+
+def _save(ax: Axes, path: Path) -> None:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
