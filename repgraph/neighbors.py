@@ -16,7 +16,7 @@ from torch import Tensor
 Metric = Literal["cosine", "euclidean"]
 
 _FEATURES = 512  # features per product: bounds the rounding error of the sum over all of them
-_SPARE = 8  # candidates kept beyond k, so that near ties rarely need the whole row again
+_SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
 _WORKSPACE = 64 * 2**20  # bytes of float64 numbers held at once
 _NORM_FLOOR = 1e-8
@@ -58,10 +58,10 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
     The neighbour sets are those of float64 arithmetic on the given features, for any block size and number of
     threads. Time: n^2 d / 2 multiply-adds in the type of x, plus the float64 comparisons where they cannot
     decide: few rows as a rule, but all of them when every similarity agrees to about 1e-4 (a huge common
-    offset). Memory beyond x: one scaled copy of x, a block of at most 512 x n similarities, about 200 MiB.
+    offset). Memory beyond x: one scaled copy of x, a block of at most 1024 x n similarities, about 200 MiB.
 
     The bound: products are summed over chunks of 512 features and the chunks one after the other, so in any
-    order inside a chunk the error of a cosine is below (512 + d/512 + 8) u, u = 2^-24 (2^-53 for float64).
+    order inside a chunk the error of a cosine is below (min(512, d) + d/512 + 8) u, u = 2^-24 (2^-53 for float64).
 
     Examples
     --------
@@ -84,16 +84,16 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
             # Products might leave float32's range. Powers of two change no digit.
             power = torch.exp2(-torch.frexp(norm).exponent.double())
             x, scale = (x * power[:, None]).to(x.dtype), scale * power
-        values, indices = _screen(x, scale.reciprocal().to(x.dtype), None, m, _block(n))
+        values, indices = _screen(x, scale.reciprocal().to(x.dtype), None, m, _block(n, d))
     else:
         z, scale = _centred(x)
-        values, indices = _screen(z, None, _norms(z).square().to(x.dtype) / 2, m, _block(n))
+        values, indices = _screen(z, None, _norms(z).square().to(x.dtype) / 2, m, _block(n, d))
         del z
     # A zero row ties with everybody at 0: its neighbours are the first others.
     first = torch.arange(m, device=x.device).expand(n, m)
     indices[zero] = (first + (first >= torch.arange(n, device=x.device)[:, None]))[zero]
 
-    error = max((_FEATURES + d / _FEATURES + 8) * torch.finfo(x.dtype).eps / 2, _TIE)
+    error = max((min(d, _FEATURES) + d / _FEATURES + 8) * torch.finfo(x.dtype).eps / 2, _TIE)
     near = values[:, k - 1] - 2 * error
     whole = ~zero & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(zero)
     some = ~zero & ~whole  # for distances all of these: float32 loses their digits to cancellation
@@ -136,8 +136,10 @@ def as_samples(x: Tensor) -> Tensor:
     return x
 
 
-def _block(n: int) -> int:
-    """Rows per block: small enough that half of the products is really saved, large enough to be fast."""
+def _block(n: int, d: int) -> int:
+    """Rows per block: small where products dominate, so that half of them is saved; large where selection does."""
+    if d <= _FEATURES:
+        return 1024
     return 256 if n <= 1024 else 512
 
 

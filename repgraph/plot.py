@@ -13,8 +13,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
+from scipy.linalg import orthogonal_procrustes
 
-from repgraph.labels import Labels, class_codes
+from repgraph.labels import Labels, as_labels, class_codes
 
 if TYPE_CHECKING:
     from repgraph.graph import Graph
@@ -123,7 +124,8 @@ def curve(
     ax.spines[["top", "right"]].set_visible(False)
     if curve.attrs:
         room = int(_inches(ax) * 72 / (8 * 0.56))
-        ax.set_title(textwrap.fill(caption(curve), room), loc="left", size=8, color="#444444")
+        band = ", band: 1 std over sets" if std is not None and std.notna().any() else ""
+        ax.set_title(textwrap.fill(caption(curve) + band, room), loc="left", size=8, color="#444444")
     return ax
 
 
@@ -133,8 +135,7 @@ def caption(table: pd.Series | pd.DataFrame) -> str:
     sets = f"{a['repeats']} x {a['n']} samples" if "repeats" in a else ""
     reduce = f"reduce={a['reduce']}" if a.get("reduce") else ""
     graph = f"k={a['k']} {a['metric']} graphs ({a['symmetrize']})" if "k" in a else ""
-    band = "band: 1 std over sets" if a.get("repeats", 1) > 1 else ""
-    return ", ".join(part for part in (str(a.get("model", "")), sets, graph, reduce, band) if part)
+    return ", ".join(part for part in (str(a.get("model", "")), sets, graph, reduce) if part)
 
 
 def label_layers(ax: Axes, names: Sequence[str], *, size: float = 7.5) -> None:
@@ -197,6 +198,8 @@ def layout(graph: Graph, *, start: np.ndarray | None = None, seed: int = 0) -> n
     )
     places = np.array(found.coords)
     places -= np.median(places, axis=0)
+    if start is not None:  # igraph turns a finished layout
+        places = places @ orthogonal_procrustes(places, first)[0]
     spread = np.quantile(np.abs(places), 0.98)
     return np.asarray(np.clip(places / (spread or 1), -1.15, 1.15))
 
@@ -210,7 +213,7 @@ def graph(
     legend: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
-    """One layer's graph: nodes coloured by class, edges as light lines, edges between classes in red.
+    """One layer's graph: nodes coloured by class, edges as light lines, edges between classes in orange.
 
     Parameters
     ----------
@@ -347,6 +350,12 @@ def _class_style(count: int) -> tuple[list[str], list[str]]:
         return [CLASS_COLORS[i % palette] for i in range(count)], [_MARKERS[i // palette] for i in range(count)]
     scale = mpl.colormaps["viridis"](np.linspace(0, 1, count))
     return [mpl.colors.to_hex(color) for color in scale], ["o"] * count
+
+
+def class_handles(labels: Labels) -> list[Line2D]:
+    """Legend entries for the classes, for a figure's own legend."""
+    values = as_labels(labels)
+    return _handles(class_codes(values, len(values))[1])
 
 
 def _handles(classes: Sequence[object]) -> list[Line2D]:

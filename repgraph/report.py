@@ -68,7 +68,7 @@ def write_report(
     first = table.columns[0]
     settings = ", ".join(f"{key} = {value}" for key, value in a.items() if value is not None)
     explained = "".join(f"<li><b>{name}</b>: {_COLUMNS[name]}</li>" for name in table if name in _COLUMNS)
-    colours = "" if drawn.labels is None else "Colours are classes, red lines join different classes. "
+    colours = "" if drawn.labels is None else "Colours are classes, orange lines join different classes. "
     page.write_text(
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head>
@@ -76,8 +76,8 @@ def write_report(
 <h2>By layer</h2><img alt="{first} against the layers" src="{_embedded(curve)}">
 <h2>The graph through the layers</h2>
 <p class="note">{drawn.n} samples, each linked to its {a["k"]} nearest at that layer; above each panel the
-{first.replace("_", " ")} from the table. {colours}A sample starts from the place that it has in the next panel, so what
-moves is what the links moved.</p>
+{first.replace("_", " ")} from the table. {colours}A sample starts from the place that it has in the next panel, so that
+what moves is what the links moved.</p>
 <img alt="graph drawings of {len(graphs)} layers" src="{_embedded(drawings)}">
 <h2>Numbers</h2><div class="scroll">{table.to_html(float_format="{:.4f}".format, border=0)}</div><ul>{explained}</ul>
 <p class="note">Settings: {escape(settings)}.</p></body></html>

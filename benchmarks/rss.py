@@ -1,0 +1,35 @@
+"""Peak growth of resident memory during a piece of work."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+
+class Growth:
+    """What `growth` yields: bytes over the start, known afterwards."""
+
+    peak = 0
+
+
+@contextmanager
+def growth(every: float = 0.005) -> Iterator[Growth]:
+    """Sample the resident memory in a thread; the peak is the largest growth over the moment of entry."""
+    process, result, stop = psutil.Process(), Growth(), threading.Event()
+    start = process.memory_info().rss
+
+    def watch() -> None:
+        while not stop.is_set():
+            result.peak = max(result.peak, process.memory_info().rss - start)
+            time.sleep(every)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield result
+    finally:
+        stop.set()
+        thread.join()
+        result.peak = max(result.peak, process.memory_info().rss - start)

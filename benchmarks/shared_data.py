@@ -1,0 +1,44 @@
+"""The CIFAR-10 images and trained networks that some benchmarks, figures and tests use where they are present.
+
+They are looked for in the folder that REPGRAPH_SHARED names, by default ../shared beside the project.
+"""
+
+import importlib.util
+import io
+import os
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+SHARED = Path(os.environ.get("REPGRAPH_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def available() -> bool:
+    """Whether the images and networks are there."""
+    return (SHARED / "data/models/definitions.py").is_file() and (SHARED / "data/cifar10/test.npz").is_file()
+
+
+def cifar_network(depth: int, suffix: str = "") -> nn.Module:
+    """The trained CIFAR-10 ResNet of depth 20, 32, 44 or 56, in eval mode."""
+    return _definitions().cifar_resnet(SHARED / f"data/models/cifar10_resnet{depth}{suffix}.safetensors", depth)
+
+
+def cifar_images(n: int) -> tuple[Tensor, Tensor]:
+    """The first n test images, normalised, (n, 3, 32, 32), and their labels; ten in a row are of ten classes."""
+    with np.load(SHARED / "data/cifar10/test.npz") as file:
+        raw, offsets, labels = file["jpeg"].tobytes(), file["offsets"], file["labels"][:n]
+    images = [np.asarray(Image.open(io.BytesIO(raw[a:b]))) for a, b in zip(offsets[:n], offsets[1 : n + 1], strict=True)]
+    return _definitions().cifar_input(np.stack(images)), torch.from_numpy(labels)
+
+
+def _definitions() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("definitions", SHARED / "data/models/definitions.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
