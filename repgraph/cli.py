@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import click
 import matplotlib as mpl
@@ -23,12 +24,21 @@ from repgraph.report import write_report
 _DRAWN = 300  # samples in a drawing
 _PANELS = 4
 
-_model_options = [
-    click.argument("model"),
-    click.option("--weights", metavar="FILE", help="Weights: safetensors, or a state dict saved by torch."),
-    click.option("--arg", "arguments", multiple=True, metavar="NAME=VALUE", help="Argument of MODEL; repeatable."),
-    click.option("--layers", "select", default="blocks", show_default=True, help="blocks, leaves, names, wildcards."),
-]
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def _of_model(command: Command) -> Command:
+    """The options that say which model and which of its layers."""
+    for option in (
+        click.option(
+            "--layers", "select", default="blocks", show_default=True, help="blocks, leaves, names, wildcards."
+        ),
+        click.option("--arg", "arguments", multiple=True, metavar="NAME=VALUE", help="Argument of MODEL; repeatable."),
+        click.option("--weights", metavar="FILE", help="Weights: safetensors, or a state dict saved by torch."),
+        click.argument("model"),
+    ):
+        command = option(command)
+    return command
 
 
 def main() -> None:
@@ -75,6 +85,7 @@ def demo(out: str) -> None:
 
 
 @cli.command()
+@_of_model
 @click.option("--input", "shape", metavar="SHAPE", help="Shape of one input, as 3,224,224; assumed if not given.")
 def layers(model: str, weights: str | None, arguments: tuple[str, ...], select: str, shape: str | None) -> None:
     """List the layers of MODEL that would be taken, in execution order, with their output shapes.
@@ -92,6 +103,7 @@ def layers(model: str, weights: str | None, arguments: tuple[str, ...], select: 
 
 
 @cli.command("profile")
+@_of_model
 @click.argument("data")
 @click.option("--k", default=3, show_default=True, help="Neighbours per sample.")
 @click.option("--n", default=500, show_default=True, help="Samples per set.")
@@ -146,10 +158,6 @@ def profile_command(
         batch_size=batch_size,
     )
     _finish(out, net, items, table, f"{model} on {data}", "", seed=seed, reduce=reduce, batch_size=batch_size)
-
-
-for _decorate in reversed(_model_options):
-    layers, profile_command = _decorate(layers), _decorate(profile_command)
 
 
 def _finish(

@@ -18,6 +18,7 @@ import scipy.sparse as sp
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from repgraph.neighbors import Metric, as_samples, knn
@@ -232,6 +233,42 @@ class Graph:
         ends = np.array(graph.get_edgelist(), dtype=np.int64).reshape(-1, 2)
         weights = graph.es[weight] if weight in graph.es.attributes() else None
         return cls.from_edges(graph.vcount(), ends[:, 0], ends[:, 1], weights, directed=graph.is_directed())
+
+    def layout(self, *, start: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
+        """Positions for a drawing by igraph's Fruchterman-Reingold layout, (n, 2), centred, mostly within [-1, 1].
+
+        Parameters
+        ----------
+        start
+            Positions to start from, (n, 2): the nodes then move only as far as the edges pull them.
+        seed
+            Seed of the layout; Python's global random state, which igraph uses, is restored.
+
+        Raises
+        ------
+        ValueError
+            If start is not (n, 2).
+        """
+        if start is not None and np.shape(start) != (self.n, 2):
+            raise ValueError(f"start must have shape ({self.n}, 2), got {np.shape(start)}")
+        graph = self.to_igraph()
+        graph.delete_edges([edge.index for edge in graph.es if not edge["weight"] > 0])
+        scale = self.n**0.5  # the size at which the layout's forces balance
+        first = np.random.default_rng(seed).uniform(-1, 1, (self.n, 2)) if start is None else np.asarray(start)
+        with _seeded(seed):
+            found = graph.layout_fruchterman_reingold(
+                seed=(first * scale).tolist(),
+                niter=500 if start is None else 60,
+                start_temp=scale / 3 if start is None else scale / 40,
+                weights="weight" if graph.ecount() else None,
+                grid=False,
+            )
+        places = np.array(found.coords).reshape(-1, 2)
+        places -= np.median(places, axis=0)
+        if start is not None:  # igraph turns a finished layout
+            places = places @ orthogonal_procrustes(places, first)[0]
+        spread = np.quantile(np.abs(places), 0.98)
+        return np.asarray(np.clip(places / (spread or 1), -1.15, 1.15))
 
     def save(self, path: str | Path) -> None:
         """Write the graph to one safetensors file."""

@@ -131,7 +131,7 @@ def profile(
     >>> table.index.tolist(), table["features"].tolist()
     (['0', '2'], [144, 128])
     """
-    _check_sets(n, repeats, metrics)
+    _check_sets(n, repeats, metrics, k)
     with kept_random_state():
         samples: int | Tensor = n * repeats
         if seed is not None:
@@ -178,16 +178,18 @@ def profile_activations(
     >>> profile_activations(acts, n=20, repeats=2).columns.tolist()[:2]
     ['modularity', 'modularity_std']
     """
-    _check_sets(n, repeats, metrics)
+    _check_sets(n, repeats, metrics, k)
     order = torch.arange(activations.n) if seed is None else _order(activations.n, seed)
     return _profile(activations, _sets(order, n, repeats), k, metric, symmetrize, permutations, seed, None, progress)
 
 
-def _check_sets(n: int, repeats: int, metrics: Sequence[str]) -> None:
+def _check_sets(n: int, repeats: int, metrics: Sequence[str], k: int) -> None:
     if n < 2:
         raise ValueError(f"n must be at least 2 samples per set, got {n}")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if not 1 <= k < n:
+        raise ValueError(f"k must satisfy 1 <= k < n, got k = {k} with n = {n} samples per set")
     unknown = [name for name in metrics if name != "modularity"]
     if isinstance(metrics, str) or unknown or not metrics:
         raise ValueError(f"metrics must be a sequence of names from ('modularity',), got {metrics!r}")

@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
-from scipy.linalg import orthogonal_procrustes
 
 from repgraph.labels import Labels, as_labels, class_codes
 
@@ -166,44 +165,6 @@ def _inches(ax: Axes) -> float:
     return float(ax.get_position().width * figure.get_size_inches()[0])
 
 
-def layout(graph: Graph, *, start: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
-    """Positions of the nodes by igraph's Fruchterman-Reingold layout, (n, 2), centred, within about [-1, 1].
-
-    Parameters
-    ----------
-    graph
-        Any graph; edges of weight <= 0 do not attract.
-    start
-        Positions to start from, (n, 2): the nodes then move only as far as the edges pull them.
-    seed
-        Seed of the random start.
-
-    Raises
-    ------
-    ValueError
-        If start is not (n, 2).
-    """
-    if start is not None and np.shape(start) != (graph.n, 2):
-        raise ValueError(f"start must have shape ({graph.n}, 2), got {np.shape(start)}")
-    converted = graph.to_igraph()
-    converted.delete_edges([edge.index for edge in converted.es if not edge["weight"] > 0])
-    scale = graph.n**0.5  # the size at which the layout's forces balance
-    first = np.random.default_rng(seed).uniform(-1, 1, (graph.n, 2)) if start is None else np.asarray(start)
-    found = converted.layout_fruchterman_reingold(
-        seed=(first * scale).tolist(),
-        niter=500 if start is None else 60,
-        start_temp=scale / 3 if start is None else scale / 40,
-        weights="weight" if converted.ecount() else None,
-        grid=False,
-    )
-    places = np.array(found.coords)
-    places -= np.median(places, axis=0)
-    if start is not None:  # igraph turns a finished layout
-        places = places @ orthogonal_procrustes(places, first)[0]
-    spread = np.quantile(np.abs(places), 0.98)
-    return np.asarray(np.clip(places / (spread or 1), -1.15, 1.15))
-
-
 def graph(
     graph: Graph,
     labels: Labels | None = None,
@@ -222,7 +183,7 @@ def graph(
     labels
         Class of each sample, for the colours.
     positions
-        Positions of the nodes, (n, 2); `layout` by default.
+        Positions of the nodes, (n, 2); `Graph.layout` by default.
     seed
         Seed of the layout.
     legend
@@ -241,7 +202,7 @@ def graph(
         If labels or positions do not fit the graph.
     """
     if positions is None:
-        positions = layout(graph, seed=seed)
+        positions = graph.layout(seed=seed)
     if np.shape(positions) != (graph.n, 2):
         raise ValueError(f"positions must have shape ({graph.n}, 2), got {np.shape(positions)}")
     if ax is None:
@@ -331,7 +292,7 @@ def graphs(
     positions: dict[str, np.ndarray] = {}
     last: np.ndarray | None = None
     for name in reversed(list(graphs)):
-        last = positions[name] = layout(graphs[name], start=last, seed=seed)
+        last = positions[name] = graphs[name].layout(start=last, seed=seed)
     for ax, (name, one) in zip(axes, graphs.items(), strict=True):
         graph(one, labels, positions=positions[name], legend=False, ax=ax)
         ax.set_title((titles or {}).get(name, name), size=9)
