@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import igraph
@@ -78,12 +79,16 @@ class Graph:
             raise ValueError("adjacency must be finite, got NaN or infinite weights")
         if not self.directed:
             t = a.T.tocsr()
-            if not (np.array_equal(a.indices, t.indices) and np.array_equal(a.data, t.data)):
+            same = np.array_equal(a.indices, t.indices) and np.array_equal(a.data, t.data)
+            if not same and (a - t).count_nonzero():  # stored zeros may lack their mirror image
                 raise ValueError("adjacency must be symmetric, got an asymmetric one: pass directed=True")
         for array in (a.data, a.indices, a.indptr):
             array.flags.writeable = False
         object.__setattr__(self, "adjacency", a)
-        object.__setattr__(self, "settings", dict(self.settings))
+        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
+    def __reduce__(self) -> tuple[type[Graph], tuple[object, ...]]:
+        return Graph, (self.adjacency, self.directed, dict(self.settings))
 
     @property
     def n(self) -> int:
@@ -163,7 +168,13 @@ class Graph:
             If a node is out of range or named twice.
         """
         index = np.asarray(nodes)
-        index = np.flatnonzero(index) if index.dtype == bool and len(index) == self.n else index.astype(np.int64)
+        if index.dtype == bool and index.shape == (self.n,):
+            index = np.flatnonzero(index)
+        if index.ndim != 1 or (index.dtype.kind not in "iu" and len(index)):
+            raise ValueError(
+                f"nodes must be indices or a mask of {self.n} bools, got {index.dtype} of shape {index.shape}"
+            )
+        index = index.astype(np.int64)
         if len(index) and (index.min() < 0 or index.max() >= self.n):
             raise ValueError(f"nodes must lie in 0..{self.n - 1}, got {index.min()}..{index.max()}")
         if len(np.unique(index)) != len(index):
@@ -185,7 +196,10 @@ class Graph:
 
         Undirected edges are given once each, in either direction.
         """
-        r, c = np.asarray(row, dtype=np.int64), np.asarray(col, dtype=np.int64)
+        r, c = np.asarray(row), np.asarray(col)
+        if (len(r) and r.dtype.kind not in "iu") or (len(c) and c.dtype.kind not in "iu"):
+            raise ValueError(f"row and col must be integers, got {r.dtype} and {c.dtype}")
+        r, c = r.astype(np.int64), c.astype(np.int64)
         w = np.ones(len(r)) if weight is None else np.asarray(weight, dtype=np.float64)
         if not len(r) == len(c) == len(w):
             raise ValueError(f"row, col and weight must have equal length, got {len(r)}, {len(c)} and {len(w)}")
@@ -247,10 +261,14 @@ class Graph:
         Raises
         ------
         ValueError
-            If start is not (n, 2).
+            If start is not (n, 2) or not finite.
         """
         if start is not None and np.shape(start) != (self.n, 2):
             raise ValueError(f"start must have shape ({self.n}, 2), got {np.shape(start)}")
+        if start is not None and not np.isfinite(start).all():
+            raise ValueError("start must be finite, got NaN or infinite positions")
+        if self.n < 2:
+            return np.zeros((self.n, 2))
         graph = self.to_igraph()
         graph.delete_edges([edge.index for edge in graph.es if not edge["weight"] > 0])
         scale = self.n**0.5  # the size at which the layout's forces balance
@@ -274,7 +292,7 @@ class Graph:
         """Write the graph to one safetensors file."""
         a = self.adjacency
         arrays = {"data": a.data, "indices": a.indices, "indptr": a.indptr}
-        meta = {"n": self.n, "directed": self.directed, "settings": self.settings}
+        meta = {"n": self.n, "directed": self.directed, "settings": dict(self.settings)}
         save_file(
             {name: torch.from_numpy(array.copy()) for name, array in arrays.items()},
             str(path),
@@ -293,11 +311,11 @@ class Graph:
         try:
             with safe_open(str(path), "np") as file:
                 meta = json.loads((file.metadata() or {})["repgraph.graph"])
+                n, directed, settings = meta["n"], meta["directed"], meta["settings"]
                 data, indices, indptr = (file.get_tensor(name) for name in ("data", "indices", "indptr"))
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a graph saved by repgraph: {error}") from error
-        shape = (meta["n"], meta["n"])
-        return cls(sp.csr_array((data, indices, indptr), shape), meta["directed"], meta["settings"])
+        return cls(sp.csr_array((data, indices, indptr), (n, n)), directed, settings)
 
     def __repr__(self) -> str:
         made = "".join(f", {name}={value}" for name, value in self.settings.items())
@@ -460,7 +478,7 @@ def communities(graph: Graph, *, resolution: float = 1.0, seed: int = 0) -> Part
     Raises
     ------
     ValueError
-        If the graph is directed or has negative weights.
+        If the graph is directed or has negative weights, or the resolution is negative or not finite.
 
     References
     ----------
@@ -476,6 +494,8 @@ def communities(graph: Graph, *, resolution: float = 1.0, seed: int = 0) -> Part
         raise ValueError("communities needs an undirected graph: call graph.symmetrize() first")
     if (graph.adjacency.data < 0).any():
         raise ValueError("communities needs weights >= 0, got negative ones")
+    if not 0 <= resolution < np.inf:
+        raise ValueError(f"resolution must be a finite number >= 0, got {resolution}")
     converted = graph.to_igraph()
     with _seeded(seed):
         found = converted.community_leiden(

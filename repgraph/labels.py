@@ -32,23 +32,34 @@ def as_labels(labels: Labels) -> Tensor | np.ndarray:
     """
     if isinstance(labels, Tensor):
         return labels.detach().cpu()
+    if isinstance(labels, pd.DataFrame):
+        labels = labels.to_numpy()
     if not isinstance(labels, np.ndarray | pd.Series):
-        items = list(labels)
-        labels = torch.stack(items).cpu().numpy() if items and isinstance(items[0], Tensor) else np.array(items)
+        items = [item.item() if isinstance(item, Tensor) and item.ndim == 0 else item for item in labels]
+        scalar = not any(hasattr(item, "__len__") and not isinstance(item, str) for item in items)
+        labels = np.array(items, dtype=object) if scalar else np.array(items)
     array = np.asarray(labels)
     if array.dtype.kind == "O":
-        kinds = {type(item) for item in array.ravel()}
-        if not kinds <= {str}:
-            names = ", ".join(sorted(kind.__name__ for kind in kinds))
-            raise ValueError(f"labels must be all integers, all bools or all strings, got a mix of {names}")
-        array = array.astype(str)
+        kinds = {_kind(item) for item in array.ravel()}
+        if len(kinds) > 1 or not kinds <= {"bool", "int", "float", "str"}:
+            raise ValueError(
+                f"labels must be all integers, all bools or all strings, got a mix of {', '.join(sorted(kinds))}"
+            )
+        array = array.astype(kinds.pop() if kinds else int)
     if array.dtype.kind in "US":
         return array.astype(str)
     if array.dtype.kind == "u":
         array = array.astype(np.int64)
     if array.dtype.kind not in "bif":
         raise ValueError(f"labels must be integers, bools or strings, got dtype {array.dtype}")
-    return torch.from_numpy(np.array(array))  # a copy: pandas hands out read-only views
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=True))  # pandas gives read-only views
+
+
+def _kind(item: object) -> str:
+    for name, kinds in (("bool", bool | np.bool_), ("int", int | np.integer), ("float", float | np.floating)):
+        if isinstance(item, kinds):
+            return name
+    return "str" if isinstance(item, str) else type(item).__name__
 
 
 def class_codes(labels: Labels, n: int) -> tuple[Tensor, list[object]]:

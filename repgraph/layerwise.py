@@ -279,7 +279,7 @@ def _profile(
 def _as_slice(rows: Tensor) -> Tensor | slice:
     """A run of rows as a slice, which copies nothing."""
     start, end = int(rows[0]), int(rows[-1]) + 1
-    return slice(start, end) if torch.equal(rows, torch.arange(start, end)) else rows
+    return slice(start, end) if start < end and torch.equal(rows, torch.arange(start, end)) else rows
 
 
 def _labelled(x: Tensor, graph: Graph, labels: Tensor, permutations: int, seed: int) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -20,7 +21,6 @@ _SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole 
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
 _WORKSPACE = 64 * 2**20  # bytes of float64 numbers held at once
 _NORM_FLOOR = 1e-8
-_SMALL, _LARGE = 1e-12, 1e15  # norms whose products float32 holds
 
 
 def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
 
     cosine: s_ij = <x_i, x_j> / (max(\|x_i\|, 1e-8) max(\|x_j\|, 1e-8)), in [-1, 1], the k largest; a zero row
     has similarity 0 to everybody. euclidean: d_ij = \|x_i - x_j\|, the k smallest. A sample is never its own
-    neighbour; ties (values closer than about 1e-12) go to the lowest index.
+    neighbour; ties with the k-th neighbour (closer than about 1e-12) go to the lowest index.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
     offset). Memory beyond x: one scaled copy of x, a block of at most 1024 x n similarities, about 200 MiB.
 
     The bound: products are summed over chunks of 512 features and the chunks one after the other, so in any
-    order inside a chunk the error of a cosine is below (min(512, d) + d/512 + 8) u, u = 2^-24 (2^-53 for float64).
+    order inside a chunk the error of a cosine is below (min(512, d) + d/512 + 16) u, u = 2^-24 (2^-53 for float64).
 
     Examples
     --------
@@ -73,47 +73,73 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
     [0.6, 0.8, 0.8]
     """
     x = _checked(x, k, metric)
+    with torch.autocast(x.device.type, enabled=False), _full_precision():
+        if metric == "cosine":
+            values, indices = _nearest_by_cosine(x, k)
+        else:
+            values, indices = _nearest_by_distance(x, k)
+    return values.to(x.dtype), indices
+
+
+def _nearest_by_cosine(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n, d = x.shape
+    x, power = _in_range(x)
+    norm = _norms(x)
+    zero = norm == 0
+    scale = torch.maximum(norm, _NORM_FLOOR * power)
     m = min(k + _SPARE, n - 1)
-    zero = torch.zeros(n, dtype=torch.bool, device=x.device)
-    if metric == "cosine":
-        norm = _norms(x)
-        zero = norm == 0
-        scale = norm.clamp_min(_NORM_FLOOR)
-        if norm.max() > _LARGE or norm.masked_fill(zero, 1).min() < _SMALL:
-            # Products might leave float32's range. Powers of two change no digit.
-            power = torch.exp2(-torch.frexp(norm).exponent.double())
-            x, scale = (x * power[:, None]).to(x.dtype), scale * power
-        values, indices = _screen(x, scale.reciprocal().to(x.dtype), None, m, _block(n, d))
-    else:
-        z, scale = _centred(x)
-        values, indices = _screen(z, None, _norms(z).square().to(x.dtype) / 2, m, _block(n, d))
-        del z
+    values, indices = _screen(x, scale.reciprocal().to(x.dtype), None, m, _block(n, d))
     # A zero row ties with everybody at 0: its neighbours are the first others.
     first = torch.arange(m, device=x.device).expand(n, m)
     indices[zero] = (first + (first >= torch.arange(n, device=x.device)[:, None]))[zero]
-
-    error = max((min(d, _FEATURES) + d / _FEATURES + 8) * torch.finfo(x.dtype).eps / 2, _TIE)
+    error = max((min(d, _FEATURES) + d / _FEATURES + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
     near = values[:, k - 1] - 2 * error
     whole = ~zero & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(zero)
-    some = ~zero & ~whole  # for distances all of these: float32 loses their digits to cancellation
-    if metric == "cosine":
-        some &= values[:, k] >= near if m > k else torch.zeros_like(zero)
-    values, nearest = values[:, :k].double(), indices[:, :k].clone()
-    for rows in _parts(some, m * min(d, _FEATURES)):
+    some = ~zero & ~whole & (values[:, k] >= near) if m > k else torch.zeros_like(zero)
+    values, nearest = _refined(x, scale, values, indices, k, some, whole, "cosine")
+    return values.clamp(-1, 1), nearest
+
+
+def _nearest_by_distance(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    n, d = x.shape
+    power = _in_range(x.reshape(1, -1))[1]
+    x = x if power == 1 else (x * power).to(x.dtype)
+    z = x - x.mean(0, dtype=torch.float64).to(x.dtype)
+    largest = _norms(z).amax().clamp_min(torch.finfo(x.dtype).tiny)
+    z = (z / largest).to(x.dtype)  # rows within the unit ball, where the bound holds
+    m = min(k + _SPARE, n - 1)
+    values, indices = _screen(z, None, _norms(z).square().to(x.dtype) / 2, m, _block(n, d))
+    del z
+    error = max((min(d, _FEATURES) + d / _FEATURES + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
+    whole = values[:, -1] >= values[:, k - 1] - 2 * error if m < n - 1 else torch.zeros(n, dtype=torch.bool)
+    whole = whole.to(x.device)
+    # Every row is refined: float32 loses the digits of distances to cancellation.
+    values, nearest = _refined(x, torch.ones_like(power).expand(n), values, indices, k, ~whole, whole, "euclidean")
+    return -values / power, nearest
+
+
+def _refined(
+    x: Tensor, scale: Tensor, values: Tensor, indices: Tensor, k: int, some: Tensor, whole: Tensor, metric: Metric
+) -> tuple[Tensor, Tensor]:
+    """The k best of each row, compared in float64: among its candidates for `some` rows, among all for `whole` ones."""
+    n, d = x.shape
+    best, nearest = values[:, :k].double(), indices[:, :k].clone()
+    for rows in _parts(some, indices.shape[1] * min(d, _FEATURES)):
         others = indices[rows].sort(1).values
-        values[rows], nearest[rows] = _best(_pair_scores(x, scale, rows, others, metric), others, k)
+        best[rows], nearest[rows] = _best(_pair_scores(x, scale, rows, others, metric), others, k, metric)
     for rows in _parts(whole, 2 * n):
         others = torch.arange(n, device=x.device).expand(len(rows), n)
-        values[rows], nearest[rows] = _best(_row_scores(x, scale, rows, metric), others, k)
-    return (values if metric == "cosine" else -values * scale[:, None]).to(x.dtype), nearest
+        best[rows], nearest[rows] = _best(_row_scores(x, scale, rows, metric), others, k, metric)
+    nearest, order = nearest.sort(dim=1)
+    best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return best, nearest.gather(1, order)
 
 
 def _checked(x: Tensor, k: int, metric: str) -> Tensor:
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
     x = as_samples(x)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < len(x):
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k < len(x):
         raise ValueError(f"k must be an integer with 1 <= k < n, got k = {k!r} with n = {len(x)} samples")
     return x
 
@@ -126,6 +152,8 @@ def as_samples(x: Tensor) -> Tensor:
     ValueError
         If x has fewer than two axes, no features, or NaN or infinite values.
     """
+    if not isinstance(x, Tensor) or x.is_complex():
+        raise ValueError(f"x must be a real torch tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if x.ndim < 2 or x[:1].numel() == 0:
         raise ValueError(f"x must have shape (n, ...) with n samples of at least one feature, got {tuple(x.shape)}")
     x = x.detach().flatten(1)
@@ -151,22 +179,36 @@ def _norms(x: Tensor) -> Tensor:
     return squares.sqrt()
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows minus their mean over the largest norm r of such a row, and r itself, repeated (n,)."""
-    z = x - x.mean(0, dtype=torch.float64).to(x.dtype)
-    largest = _norms(z).amax().clamp_min(torch.finfo(x.dtype).tiny).expand(len(x))
-    return (z / largest[:, None]).to(x.dtype), largest
+def _in_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows times a power of two each, which changes no digit, where products of x might leave the range of its type."""
+    low, high = x.aminmax(dim=1)
+    peak = torch.maximum(-low, high)
+    outside = (peak > 1e15) | ((peak < 1e-15) & (peak > 0))
+    if not outside.any():
+        return x, torch.ones_like(peak, dtype=torch.float64)
+    exponent = torch.frexp(peak.double()).exponent.clamp(-1000, 1000)
+    power = torch.exp2(-exponent.double()).masked_fill(~outside, 1)
+    return (x * power[:, None]).to(x.dtype), power
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """TF32 or bfloat16 products, which a user may have allowed, would break the error bound."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    matmuls = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    matmuls = [matmul for matmul in matmuls if hasattr(matmul, "fp32_precision")]
+    before = [matmul.fp32_precision for matmul in matmuls]  # type: ignore[union-attr]
+    legacy = None if matmuls else torch.get_float32_matmul_precision()
     try:
+        for matmul in matmuls:
+            matmul.fp32_precision = "ieee"  # type: ignore[union-attr]
+        if legacy is not None:
+            torch.set_float32_matmul_precision("highest")
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for matmul, value in zip(matmuls, before, strict=True):
+            matmul.fp32_precision = value  # type: ignore[union-attr]
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -185,18 +227,17 @@ def _screen(z: Tensor, factor: Tensor | None, half: Tensor | None, m: int, block
     n = len(z)
     values = z.new_full((n, m), -torch.inf)
     indices = torch.zeros((n, m), dtype=torch.int64, device=z.device)
-    with _full_precision():
-        for i in range(0, n, block):
-            j = min(i + block, n)
-            s = _products(z[i:j], z[i:])  # (block, n - i)
-            if factor is not None:
-                s.mul_(factor[i:j, None]).mul_(factor[None, i:])
-            if half is not None:
-                s.sub_(half[i:j, None]).sub_(half[None, i:])
-            s.fill_diagonal_(-torch.inf)
-            _merge(values[i:j], indices[i:j], s, i)
-            if j < n:
-                _merge(values[j:], indices[j:], s[:, j - i :].T.contiguous(), i)
+    for i in range(0, n, block):
+        j = min(i + block, n)
+        s = _products(z[i:j], z[i:])  # (block, n - i)
+        if factor is not None:
+            s.mul_(factor[i:j, None]).mul_(factor[None, i:])
+        if half is not None:
+            s.sub_(half[i:j, None]).sub_(half[None, i:])
+        s.fill_diagonal_(-torch.inf)
+        _merge(values[i:j], indices[i:j], s, i)
+        if j < n:
+            _merge(values[j:], indices[j:], s[:, j - i :].T.contiguous(), i)
     return values, indices
 
 
@@ -214,14 +255,17 @@ def _parts(rows: Tensor, floats: int) -> tuple[Tensor, ...]:
     return torch.split(rows.nonzero()[:, 0], max(1, _WORKSPACE // (8 * floats)))
 
 
-def _best(scores: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row; columns are in rising order and the sort is stable, so ties go to the lowest."""
-    order = (scores / _TIE).round().argsort(dim=1, descending=True, stable=True)[:, :k]
+def _best(scores: Tensor, others: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
+    """The k largest scores of each row and whose they are; of those that tie with the k-th, the lowest indices."""
+    kth = scores.topk(k, dim=1).values[:, -1:]
+    tie = _TIE if metric == "cosine" else _TIE * kth.abs()
+    group = (scores <= kth + tie).long() + (scores < kth - tie)  # 0 is in, 1 ties, 2 is out
+    order = ((group << 32) + others).argsort(dim=1)[:, :k]
     return scores.gather(1, order), others.gather(1, order)
 
 
 def _pair_scores(x: Tensor, scale: Tensor, rows: Tensor, others: Tensor, metric: Metric) -> Tensor:
-    """Cosines, or minus distances over the scale, of rows (r,) with others (r, m) in float64: (r, m)."""
+    """Cosines, or minus distances, of rows (r,) with others (r, m) in float64: (r, m)."""
     scores = torch.zeros(others.shape, dtype=torch.float64, device=x.device)
     for f in range(0, x.shape[1], _FEATURES):
         part = x[:, f : f + _FEATURES]
@@ -246,4 +290,4 @@ def _row_scores(x: Tensor, scale: Tensor, rows: Tensor, metric: Metric) -> Tenso
 
 
 def _scores(sums: Tensor, scale_i: Tensor, scale_j: Tensor, metric: Metric) -> Tensor:
-    return sums / scale_i / scale_j if metric == "cosine" else -sums.sqrt() / scale_i
+    return sums / scale_i / scale_j if metric == "cosine" else -sums.sqrt()

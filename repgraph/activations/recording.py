@@ -181,7 +181,7 @@ def _refuse_nan(extremes: list[tuple[str, Tensor]], batch: Batch) -> None:
     """One look at the device for all layers of a batch."""
     if not extremes:
         return
-    finite = torch.stack([pair.float().isfinite().all() for _, pair in extremes])
+    finite = torch.stack([pair.isfinite().all() for _, pair in extremes])
     if not bool(finite.all()):
         name = extremes[int((~finite).nonzero()[0])][0]
         raise ValueError(

@@ -6,6 +6,7 @@ ECCV 2022, pp. 225-242, arXiv 2111.12485.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Literal
 
@@ -49,7 +50,7 @@ def modularity(graph: Graph, labels: Labels, *, resolution: float = 1.0, negativ
     ------
     ValueError
         If the graph is directed (symmetrize it first), the labels do not fit (`class_codes`), weights are
-        negative under "raise", or `negative` is unknown.
+        negative under "raise", `negative` is unknown, or the resolution is negative or not finite.
 
     Notes
     -----
@@ -72,6 +73,8 @@ def modularity(graph: Graph, labels: Labels, *, resolution: float = 1.0, negativ
     """
     if negative not in ("raise", "clip", "signed", "keep"):
         raise ValueError(f"negative must be 'raise', 'clip', 'signed' or 'keep', got {negative!r}")
+    if not 0 <= resolution < float("inf"):
+        raise ValueError(f"resolution must be a finite number >= 0, got {resolution}")
     row, col, weight = _edges(graph)
     codes, classes = class_codes(labels, graph.n)
     below = weight < 0
@@ -88,10 +91,7 @@ def modularity(graph: Graph, labels: Labels, *, resolution: float = 1.0, negativ
         q = float((parts[0].nan_to_num() - parts[1].nan_to_num()) / total)
     else:
         q = float(_modularity(row, col, weight, codes, len(classes), resolution))
-    if not torch.isfinite(torch.tensor(q)):
-        warnings.warn(f"{graph!r} has no weight: its modularity is undefined (nan)", stacklevel=2)
-        return float("nan")
-    return q
+    return _or_nan(q, graph)
 
 
 def modularity_null(graph: Graph, labels: Labels, *, permutations: int = 20, seed: int = 0) -> Tensor:
@@ -146,6 +146,8 @@ def label_agreement(graph: Graph, labels: Labels) -> float:
     >>> round(label_agreement(graph, [0, 0, 0, 1, 1, 1]), 6)
     0.857143
     """
+    if (graph.adjacency.data < 0).any():
+        raise ValueError("label_agreement needs weights >= 0, got negative ones")
     return modularity(graph, labels, resolution=0.0)
 
 
@@ -168,7 +170,14 @@ def modularity_ceiling(graph: Graph, labels: Labels) -> float:
     """
     row, col, weight = _edges(graph)
     codes, classes = class_codes(labels, graph.n)
-    return float(1 - _chance(row, col, weight.abs(), codes, len(classes)))
+    return _or_nan(float(1 - _chance(row, col, weight.abs(), codes, len(classes))), graph)
+
+
+def _or_nan(value: float, graph: Graph) -> float:
+    if math.isfinite(value):
+        return value
+    warnings.warn(f"{graph!r} has no weight: its modularity is undefined (nan)", stacklevel=3)
+    return math.nan
 
 
 def _edges(graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
