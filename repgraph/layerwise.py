@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from repgraph.activations.forward import Forward, kept_random_state
 from repgraph.activations.layers import Select, unwrap
 from repgraph.activations.reduce import ChannelAxis, Reduce
 from repgraph.graph import Graph, communities, knn_graph
-from repgraph.labels import Labels, class_codes
+from repgraph.labels import Labels, as_labels, class_codes
 from repgraph.metrics.class_separation import class_separation
 from repgraph.metrics.modularity import modularity, modularity_ceiling, modularity_null
 from repgraph.neighbors import Metric
@@ -136,7 +137,12 @@ def profile(
         samples: int | Tensor = n * repeats
         if seed is not None:
             data = list(data) if isinstance(data, Iterator) else data
-            samples = set_order(data, batch_size, seed)[: n * repeats]
+            order = set_order(data, batch_size, seed)
+            if labels is not None and len(as_labels(labels)) != len(order):
+                raise ValueError(
+                    f"labels must have one entry per sample: expected {len(order)}, got {len(as_labels(labels))}"
+                )
+            samples = order[: n * repeats]
         activations = capture(
             model,
             data,
@@ -150,7 +156,7 @@ def profile(
             channel_axis=channel_axis,
             progress=progress,
         )
-    order = torch.arange(activations.n) if isinstance(samples, int) else samples.argsort().argsort()
+    order = torch.arange(activations.n, device="cpu") if isinstance(samples, int) else samples.argsort().argsort()
     sets = _sets(order, n, repeats)
     return _profile(activations, sets, k, metric, symmetrize, permutations, seed, model_device(unwrap(model)), progress)
 
@@ -179,11 +185,14 @@ def profile_activations(
     ['modularity', 'modularity_std']
     """
     _check_sets(n, repeats, metrics, k)
-    order = torch.arange(activations.n) if seed is None else _order(activations.n, seed)
+    order = torch.arange(activations.n, device="cpu") if seed is None else _order(activations.n, seed)
     return _profile(activations, _sets(order, n, repeats), k, metric, symmetrize, permutations, seed, None, progress)
 
 
 def _check_sets(n: int, repeats: int, metrics: Sequence[str], k: int) -> None:
+    for name, value in (("n", n), ("repeats", repeats), ("k", k)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
     if n < 2:
         raise ValueError(f"n must be at least 2 samples per set, got {n}")
     if repeats < 1:
@@ -201,7 +210,7 @@ def set_order(data: object, batch_size: int, seed: int) -> Tensor:
 
 
 def _order(total: int, seed: int) -> Tensor:
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return torch.randperm(total, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
 
 
 def _sets(order: Tensor, n: int, repeats: int) -> list[Tensor]:
@@ -232,6 +241,7 @@ def _profile(
     if activations.labels is not None:
         codes, classes = class_codes(activations.labels, activations.n)
         set_labels = [codes[rows] for rows in sets]
+        small = ""
         for number, y in enumerate(set_labels):
             sizes = torch.bincount(y, minlength=len(classes))
             present = sizes[sizes > 0]
@@ -241,19 +251,22 @@ def _profile(
                     "have one class: pass seed= to draw the sets at random"
                 )
             if int(present.min()) <= k:
-                warnings.warn(
+                small = (
                     f"set {number} has a class of {int(present.min())} samples, not more than k = {k}: edges must "
-                    "leave it, and the ceiling cannot be reached",
-                    stacklevel=3,
+                    "leave it, and the ceiling cannot be reached"
                 )
-                break
+        if small:
+            warnings.warn(small, stacklevel=3)
     rows: dict[str, dict[str, float]] = {}
     for name in tqdm(activations, desc="graphs", unit="layer", disable=not progress, delay=1, leave=False):
-        layer = activations[name].flatten(1)
+        layer = activations[name].reshape(activations.n, -1)
         found = []
         for number, chosen in enumerate(sets):
             x = layer[_as_slice(chosen)].to(device)
-            graph = knn_graph(x, k, metric=metric, symmetrize=symmetrize)
+            try:
+                graph = knn_graph(x, k, metric=metric, symmetrize=symmetrize)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from error
             found.append(
                 _labelled(x, graph, set_labels[number], permutations, (seed or 0) + number)
                 if set_labels is not None
@@ -279,7 +292,7 @@ def _profile(
 def _as_slice(rows: Tensor) -> Tensor | slice:
     """A run of rows as a slice, which copies nothing."""
     start, end = int(rows[0]), int(rows[-1]) + 1
-    return slice(start, end) if start < end and torch.equal(rows, torch.arange(start, end)) else rows
+    return slice(start, end) if start < end and torch.equal(rows, torch.arange(start, end, device="cpu")) else rows
 
 
 def _labelled(x: Tensor, graph: Graph, labels: Tensor, permutations: int, seed: int) -> dict[str, np.ndarray]:

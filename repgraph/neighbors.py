@@ -111,8 +111,7 @@ def _nearest_by_distance(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices = _screen(z, None, _norms(z).square().to(x.dtype) / 2, m, _block(n, d))
     del z
     error = max((min(d, _FEATURES) + d / _FEATURES + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
-    whole = values[:, -1] >= values[:, k - 1] - 2 * error if m < n - 1 else torch.zeros(n, dtype=torch.bool)
-    whole = whole.to(x.device)
+    whole = values[:, -1] >= values[:, k - 1] - 2 * error if m < n - 1 else values[:, 0] > torch.inf
     # Every row is refined: float32 loses the digits of distances to cancellation.
     values, nearest = _refined(x, torch.ones_like(power).expand(n), values, indices, k, ~whole, whole, "euclidean")
     return -values / power, nearest

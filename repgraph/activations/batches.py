@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from numbers import Integral
+from typing import TypeGuard
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
@@ -28,12 +33,14 @@ class Batch:
     """Number of samples b."""
     start: int
     """Number of wanted samples before this batch."""
+    seen: object
+    """What the hashes cover: the inputs, or the whole batch where the user's own `forward` reads it."""
 
     def hashes(self) -> Tensor:
-        """One 64-bit content hash per sample, (b,), of everything that goes into the model."""
-        total = torch.zeros(self.size, dtype=torch.int64)
-        for number, tensor in enumerate(_tensors(self.inputs)):
-            total += (2 * number + 1) * _row_hashes(tensor).cpu()
+        """One 64-bit content hash per sample, (b,), of everything that the model may see."""
+        total = torch.zeros(self.size, dtype=torch.int64, device="cpu")
+        for number, values in enumerate(_columns(self.seen, self.size)):
+            total += (2 * number + 1) * _row_hashes(values)
         return total
 
 
@@ -58,20 +65,25 @@ class Source:
         If the data are of no kind named above.
     """
 
-    def __init__(self, data: object, batch_size: int, samples: int | Sequence[int] | Tensor | None) -> None:
+    def __init__(
+        self, data: object, batch_size: int, samples: int | Sequence[int] | Tensor | None, *, whole_batch: bool = False
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if isinstance(samples, int) and samples < 1:
+        limit = int(samples) if isinstance(samples, Integral) else None
+        if limit is not None and limit < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         if isinstance(data, list) and _is_pair(data):
             raise ValueError("data is a list, which is read as batches: pass the tuple (inputs, labels) instead")
-        limit = samples if isinstance(samples, int) else None
+        self._whole_batch = whole_batch
         self._counted = False
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             data = DataLoader(data, batch_size)
         if isinstance(data, np.ndarray | Tensor | tuple | Mapping):
             whole = _as_tensors(data)
             total = _size(whole)
+            if isinstance(whole, tuple) and len(whole) > 1:
+                _check_length(whole[-1], total)
             self._batches: Iterable[object] = _Slices(whole, total, batch_size)
         elif isinstance(data, Iterator):
             self._batches, total = _read(data, limit)
@@ -90,12 +102,17 @@ class Source:
             raise ValueError("data holds no samples")
         self.total = total
         """Samples that the data hold; where `samples` is a number, at least as many of them as are wanted."""
-        if isinstance(samples, int) or samples is None:
-            self.positions = torch.arange(min(total, samples or total))
+        if limit is not None or samples is None:
+            self.positions = torch.arange(min(total, limit or total), device="cpu")
         else:
-            self.positions = torch.as_tensor(samples, dtype=torch.int64).sort().values
-            if len(self.positions) == 0 or self.positions[0] < 0 or self.positions[-1] >= total:
-                raise ValueError(f"samples must be positions in 0..{total - 1}, got {list(samples)[:5]}")
+            self.positions = torch.as_tensor(samples, dtype=torch.int64, device="cpu").sort().values
+            if (
+                self.positions.ndim != 1
+                or not len(self.positions)
+                or self.positions[0] < 0
+                or self.positions[-1] >= total
+            ):
+                raise ValueError(f"samples must be positions in 0..{total - 1}, got {samples!r}")
             if (self.positions[1:] == self.positions[:-1]).any():
                 raise ValueError("samples must be distinct positions")
         self.n = len(self.positions)
@@ -104,8 +121,10 @@ class Source:
     @property
     def num_batches(self) -> int | None:
         """How many batches a pass reads, where that is known and all of them are read."""
-        length = getattr(self._batches, "__len__", None)
-        return len(self._batches) if length is not None and self.n == self.total else None  # type: ignore[arg-type]
+        try:
+            return len(self._batches) if self.n == self.total else None  # type: ignore[arg-type]
+        except TypeError:
+            return None
 
     def __iter__(self) -> Iterator[Batch]:
         seen = done = 0
@@ -119,7 +138,7 @@ class Source:
             if 0 < len(rows) < size:
                 raw = _take(raw, rows, size)
             if len(rows):
-                yield _parse(raw, len(rows), done)
+                yield _parse(raw, len(rows), done, self._whole_batch)
             seen, done = seen + size, end
         if done < self.n:
             raise ValueError(f"data ended after {seen} samples, expected {int(self.positions[-1]) + 1}")
@@ -159,11 +178,7 @@ def to_device(item: object, device: torch.device | None, dtype: torch.dtype | No
     if isinstance(item, Tensor):
         cast = dtype if dtype is not None and item.is_floating_point() else None
         return item.to(device=device, dtype=cast, non_blocking=True)
-    if isinstance(item, Mapping):
-        return {key: to_device(value, device, dtype) for key, value in item.items()}
-    if isinstance(item, tuple | list):
-        return type(item)(to_device(value, device, dtype) for value in item)
-    return item
+    return _mapped(item, lambda value: to_device(value, device, dtype))
 
 
 def model_device(model: nn.Module) -> torch.device | None:
@@ -178,33 +193,66 @@ def model_dtype(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
-def _as_tensors(item: object) -> object:
-    """NumPy arrays become tensors (sharing memory); named tuples become tuples; everything else stays."""
-    if isinstance(item, np.ndarray):
-        return torch.from_numpy(item) if item.dtype.kind in "biufc" else item
+def _mapped(item: object, f: Callable[[object], object]) -> object:
+    """Apply f to every part of a dict, tuple, named tuple or list; anything else as it is."""
     if isinstance(item, Mapping):
-        return {key: _as_tensors(value) for key, value in item.items()}
+        return {key: f(value) for key, value in item.items()}
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return type(item)(*[f(value) for value in item])  # type: ignore[arg-type]
     if isinstance(item, tuple | list):
-        return tuple(_as_tensors(value) for value in item)
+        return type(item)([f(value) for value in item])
     return item
+
+
+def _as_tensors(item: object) -> object:
+    """Arrays of numbers, Series and lists of single tensors become tensors; everything else stays."""
+    if isinstance(item, np.ndarray) and item.dtype.kind in "biufc":
+        native = item.astype(item.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(np.require(native, requirements=["C", "W"]))
+    if isinstance(item, pd.Series):
+        return as_labels(item)
+    if isinstance(item, tuple | list) and item and all(isinstance(v, Tensor) and v.ndim == 0 for v in item):
+        return torch.stack(list(item))
+    return _mapped(item, _as_tensors)
 
 
 def _tensors(item: object) -> Iterator[Tensor]:
     if isinstance(item, Tensor):
         yield item
     elif isinstance(item, Mapping):
-        for key in sorted(item, key=str):
-            yield from _tensors(item[key])
+        for value in item.values():
+            yield from _tensors(value)
     elif isinstance(item, tuple | list):
         for value in item:
             yield from _tensors(value)
 
 
+def _columns(item: object, size: int) -> Iterator[Tensor | Sequence[str]]:
+    """Everything in a batch that has one entry per sample: tensors, and texts."""
+    if isinstance(item, Tensor):
+        if item.ndim and len(item) == size:
+            yield item
+    elif isinstance(item, np.ndarray):
+        if len(item) == size:
+            yield [str(value) for value in item]
+    elif isinstance(item, tuple | list) and len(item) == size and all(isinstance(value, str) for value in item):
+        yield list(item)
+    elif isinstance(item, Mapping):
+        for key in sorted(item, key=str):
+            yield from _columns(item[key], size)
+    elif isinstance(item, tuple | list):
+        for value in item:
+            yield from _columns(value, size)
+
+
 def _size(item: object) -> int:
-    first = next(_tensors(item), None)
-    if first is None or first.ndim == 0:
+    """Number of samples: the length of the input, or of most tensors of a dict of inputs."""
+    if isinstance(item, tuple | list) and item and isinstance(item[0], Tensor | Mapping):
+        item = item[0]
+    lengths = [len(tensor) for tensor in _tensors(item) if tensor.ndim]
+    if not lengths:
         raise TypeError(f"a batch must hold a tensor with samples on its first axis, got {type(item).__name__}")
-    return len(first)
+    return Counter(lengths).most_common(1)[0][0]
 
 
 def _take(item: object, rows: Tensor | slice, size: int) -> object:
@@ -213,32 +261,46 @@ def _take(item: object, rows: Tensor | slice, size: int) -> object:
         return item[rows] if item.ndim and len(item) == size else item
     if isinstance(item, np.ndarray):
         return item[rows if isinstance(rows, slice) else rows.numpy()] if len(item) == size else item
-    if isinstance(item, Mapping):
-        return {key: _take(value, rows, size) for key, value in item.items()}
-    if isinstance(item, tuple):
-        if len(item) == size and not any(isinstance(value, Tensor | np.ndarray | Mapping) for value in item):
-            return item[rows] if isinstance(rows, slice) else tuple(item[i] for i in rows.tolist())
-        return tuple(_take(value, rows, size) for value in item)
-    return item
+    if isinstance(item, tuple | list) and len(item) == size:
+        parts = item if size != 1 else ()
+        if not any(isinstance(value, Tensor | np.ndarray) and np.ndim(value) for value in parts):
+            return item[rows] if isinstance(rows, slice) else [item[i] for i in rows.tolist()]
+    return _mapped(item, lambda value: _take(value, rows, size))
 
 
-def _parse(raw: object, size: int, start: int) -> Batch:
+def _parse(raw: object, size: int, start: int, whole_batch: bool) -> Batch:
     inputs, targets = raw, None
-    if isinstance(raw, tuple):
+    if isinstance(raw, tuple | list):
         inputs, targets = raw[0], raw[-1] if len(raw) > 1 else None
+    mask = None
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
         own = inputs.get("labels")
-        if isinstance(own, Tensor) and own.ndim == 1 and len(own) == size:
+        if isinstance(own, tuple | list | Tensor | np.ndarray) and len(np.shape(own)) == 1 and len(own) == size:
             targets = inputs.pop("labels")
         mask = inputs.get("attention_mask")
-    else:
-        mask = None
-    if targets is not None:
-        # Dense targets (masks, boxes) are no labels; nothing here could use them.
-        sized = hasattr(targets, "__len__") and len(targets) == size
-        targets = as_labels(targets) if sized and getattr(targets, "ndim", 1) <= 2 else None
-    return Batch(raw, inputs, targets, mask if isinstance(mask, Tensor) else None, size, start)
+    labels = as_labels(targets) if _check_length(targets, size) else None
+    mask = mask if isinstance(mask, Tensor) else None
+    return Batch(raw, inputs, labels, mask, size, start, raw if whole_batch else inputs)
+
+
+def _check_length(targets: object, size: int) -> TypeGuard[Labels]:
+    """Whether targets are labels; dense targets (masks) and structures (boxes) are not, and nothing here uses them.
+
+    Raises
+    ------
+    ValueError
+        If they are, but not one per sample.
+    """
+    if isinstance(targets, tuple | list):
+        if any(isinstance(value, Mapping | tuple | list) or np.ndim(value) for value in targets):
+            return False
+    elif not isinstance(targets, Tensor | np.ndarray) or targets.ndim > 2:
+        return False
+    found = len(targets) if np.ndim(targets) else 0
+    if found != size:
+        raise ValueError(f"labels must have one entry per sample: expected {size}, got {found}")
+    return True
 
 
 def _is_pair(data: list[object]) -> bool:
@@ -281,16 +343,19 @@ def _read(data: Iterator[object], limit: int | None) -> tuple[list[object], int]
     return items, total
 
 
-def _row_hashes(x: Tensor) -> Tensor:
+def _row_hashes(values: Tensor | Sequence[str]) -> Tensor:
     """Sum over the 64-bit words of each row of word times a fixed odd number, modulo 2^64: (b,).
 
     Zeros at the end of a row add nothing, so padding does not change the hash of a token sequence.
     """
-    x = x.detach().reshape(len(x), -1).contiguous()
+    if not isinstance(values, Tensor):
+        digests = [int.from_bytes(blake2b(v.encode(), digest_size=8).digest(), "little", signed=True) for v in values]
+        return torch.tensor(digests, dtype=torch.int64, device="cpu")
+    x = values.detach().reshape(len(values), -1).contiguous()
     data = x.view(torch.uint8) if x.dtype != torch.bool else x.to(torch.uint8)
     data = nn.functional.pad(data, (0, -data.shape[1] % 8))
     words = data.view(torch.int64)  # (b, words)
-    return (words * _odd_numbers(words.shape[1]).to(words.device)).sum(1)
+    return (words * _odd_numbers(words.shape[1]).to(words.device)).sum(1).cpu()
 
 
 def _odd_numbers(count: int) -> Tensor:

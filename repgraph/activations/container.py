@@ -177,25 +177,25 @@ class Activations(Mapping[str, Tensor]):
         if samples is None:
             samples = slice(None)
         positions = np.arange(self.n)
-        rows: Tensor | slice
         try:
-            taken = positions[samples if isinstance(samples, slice) else np.asarray(samples)]
+            taken = np.array(positions[samples if isinstance(samples, slice) else np.asarray(samples)])
         except IndexError as error:
             raise ValueError(f"samples must select from {self.n} samples: {error}") from error
-        rows = samples if isinstance(samples, slice) else torch.from_numpy(taken)
-        if isinstance(samples, slice) and (samples.step or 1) < 1:
-            rows = torch.from_numpy(taken.copy())
-        if not len(taken):
+        if taken.size == 0:
             raise ValueError("samples selects no sample")
+        if taken.ndim != 1:
+            raise ValueError(f"samples must be positions, a mask or a slice of {self.n} samples, got {samples!r}")
+        rows = torch.from_numpy(taken)
+        forward = isinstance(samples, slice) and (samples.step or 1) > 0  # torch has no slices that run backward
         labels = self.labels
         if labels is not None:
-            labels = labels[torch.from_numpy(taken.copy())] if isinstance(labels, Tensor) else labels[taken]
+            labels = labels[rows] if isinstance(labels, Tensor) else labels[taken]
         return Activations(
-            _Rows(self, rows, names),
+            _Rows(self, samples if isinstance(samples, slice) and forward else rows, names),
             labels,
             self.sample_ids[taken],
             specs={name: self.specs[name] for name in names},
-            input_hashes=None if self.input_hashes is None else self.input_hashes[torch.from_numpy(taken.copy())],
+            input_hashes=None if self.input_hashes is None else self.input_hashes[rows],
             settings=self.settings,
             place=self._place,
             n=len(taken),
@@ -224,30 +224,27 @@ class Activations(Mapping[str, Tensor]):
             If the folder holds none, or a file is missing or damaged.
         """
         path = Path(folder)
-        try:
-            index = json.loads((path / _INDEX).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} holds no complete activations: {error}") from error
         dtypes = {code: dtype for dtype, code in _CODES.items()}
-        specs = {item["name"]: Spec(tuple(item["shape"]), dtypes[item["dtype"]]) for item in index["layers"]}
-        files = {item["name"]: path / item["file"] for item in index["layers"]}
-        labels = index["labels"]
-        if labels is not None:
-            text = bool(labels["values"]) and labels["dtype"] == "str"
-            labels = (
-                np.array(labels["values"]) if text else torch.tensor(labels["values"], dtype=dtypes[labels["dtype"]])
+        try:
+            index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
+            n, labels, hashes, ids = (index[key] for key in ("n", "labels", "input_hashes", "sample_ids"))
+            specs = {item["name"]: Spec(tuple(item["shape"]), dtypes[item["dtype"]]) for item in index["layers"]}
+            files = {item["name"]: path / item["file"] for item in index["layers"]}
+            if labels is not None:
+                values, kind = labels["values"], labels["dtype"]
+                labels = np.array(values) if kind == "str" else torch.tensor(values, dtype=dtypes[kind], device="cpu")
+            return cls(
+                _Files(files, specs, n),
+                labels,
+                np.array(ids),
+                specs=specs,
+                input_hashes=None if hashes is None else torch.tensor(hashes, dtype=torch.int64, device="cpu"),
+                settings=index["settings"],
+                place=f"in {path}",
+                n=n,
             )
-        hashes = index["input_hashes"]
-        return cls(
-            _Files(files, specs, index["n"]),
-            labels,
-            np.array(index["sample_ids"]),
-            specs=specs,
-            input_hashes=None if hashes is None else torch.tensor(hashes, dtype=torch.int64),
-            settings=index["settings"],
-            place=f"in {path}",
-            n=index["n"],
-        )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no complete activations: {type(error).__name__}: {error}") from error
 
     def __repr__(self) -> str:
         head = f"Activations(n={self.n}, layers={len(self)}, {readable(self.nbytes)} {self._place})"
@@ -299,8 +296,11 @@ class _Files(Mapping[str, Tensor]):
                 x: Tensor = file.get_tensor("activations")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"layer {name!r}: cannot read {self.files[name]}: {error}") from error
-        if tuple(x.shape) != expected:
-            raise ValueError(f"layer {name!r}: {self.files[name]} has shape {tuple(x.shape)}, expected {expected}")
+        if tuple(x.shape) != expected or x.dtype != self.specs[name].dtype:
+            raise ValueError(
+                f"layer {name!r}: {self.files[name]} holds {tuple(x.shape)} of {x.dtype}, "
+                f"expected {expected} of {self.specs[name].dtype}"
+            )
         return x
 
     def __iter__(self) -> Iterator[str]:
@@ -315,6 +315,9 @@ class Writer:
 
     def __init__(self, folder: str | Path, specs: Mapping[str, Spec], n: int) -> None:
         self.folder, self.specs, self.n = Path(folder), specs, n
+        for name, spec in specs.items():
+            if spec.dtype not in _CODES:
+                raise ValueError(f"layer {name!r} is of type {spec.dtype}, which cannot be written to a file")
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):
             raise ValueError(f"folder {self.folder} must be empty or new, got one with files in it")
@@ -383,7 +386,7 @@ class Writer:
 def readable(nbytes: float) -> str:
     """A number of bytes as people read it: 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
+        if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"

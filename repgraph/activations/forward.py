@@ -48,9 +48,7 @@ def run(
     def hook_for(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, _: object, output: object) -> None:
             nonlocal last
-            key = f"{name}#{calls[name]}" if calls[name] else name
-            calls[name] += 1
-            last = key
+            key = last = call_key(name, calls)
             visit(key, module, first_tensor(output, key), current[0])
 
         return hook
@@ -67,6 +65,7 @@ def run(
         for number, batch in enumerate(batches):
             calls.clear()
             current[:] = [batch]
+            last = ""
             try:
                 with torch.no_grad():
                     if forward is not None:
@@ -82,6 +81,12 @@ def run(
                 raise
             bar.update()
             yield batch
+
+
+def call_key(name: str, calls: Counter[str]) -> str:
+    """Key of the next call of a module within one forward pass, and count it: name, name#1, name#2, ..."""
+    calls[name] += 1
+    return f"{name}#{calls[name] - 1}" if calls[name] > 1 else name
 
 
 @contextmanager
@@ -143,7 +148,10 @@ def first_tensor(output: object, key: str) -> Tensor:
     if found is None:
         raise ValueError(f"layer {key!r} gives no tensor but {type(output).__name__}: choose a layer inside it")
     if found.is_nested or found.layout is not torch.strided:
-        raise ValueError(f"layer {key!r} gives a nested or sparse tensor, expected a dense one")
+        raise ValueError(
+            f"layer {key!r} gives a nested or sparse tensor, expected a dense one "
+            "(enable_nested_tensor=False in torch's TransformerEncoder)"
+        )
     return found.detach()
 
 

@@ -11,7 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-Select: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[str | type[nn.Module]]
+Item: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Select: TypeAlias = Item | Sequence[Item]
 """How layers are chosen: "blocks", "leaves", a name, a wildcard, a module type, a predicate, or several of these."""
 
 _CONV = nn.modules.conv._ConvNd
@@ -52,22 +53,34 @@ def choose(model: nn.Module, select: Select = "blocks") -> dict[str, nn.Module]:
     ValueError
         If a name, wildcard or type matches nothing; the message lists what comes closest.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = _modules(model)
     if not modules:
         raise ValueError(f"model {type(model).__name__} has no submodules to take outputs from")
-    if isinstance(select, str | type) or callable(select):
-        return _one(modules, select)
     found: dict[str, nn.Module] = {}
-    for item in select:
+    for item in items_of(model, select):
         found |= _one(modules, item)
     if not found:
         raise ValueError("layers is empty: name at least one layer")
     return {name: module for name, module in modules.items() if name in found}
 
 
-def _one(
-    modules: dict[str, nn.Module], select: str | type[nn.Module] | Callable[[str, nn.Module], bool]
-) -> dict[str, nn.Module]:
+def items_of(model: nn.Module, select: Select) -> list[Item]:
+    """The parts of a choice, names without the prefix that DataParallel gives."""
+    items = [select] if isinstance(select, str | type) or callable(select) else list(select)
+    own = any(name == "module" for name, _ in model.named_children())
+    return [item.removeprefix("module.") if isinstance(item, str) and not own else item for item in items]
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules below the model but those that only compute parameters (weight norm, spectral norm)."""
+    return {name: m for name, m in model.named_modules() if name and "parametrizations" not in name.split(".")}
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return all(name == "parametrizations" for name, _ in module.named_children())
+
+
+def _one(modules: dict[str, nn.Module], select: Item) -> dict[str, nn.Module]:
     if isinstance(select, type):
         found = {name: module for name, module in modules.items() if isinstance(module, select)}
         described = f"type {select.__name__}"
@@ -77,9 +90,9 @@ def _one(
     elif select == "blocks":
         return _blocks(modules)
     elif select == "leaves":
-        return {name: module for name, module in modules.items() if not any(module.children())}
+        return {name: module for name, module in modules.items() if _is_leaf(module)}
     else:
-        wanted = {select, select.split("#")[0], select.removeprefix("module.")}
+        wanted = {select, select.split("#")[0]}
         found = {
             name: module
             for name, module in modules.items()
@@ -101,14 +114,14 @@ def _blocks(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
     Plain containers do not count, and neither does a stage: a module that only holds a list of alike blocks.
     """
-    inner = {name: module for name, module in modules.items() if any(module.children())}
+    inner = {name: module for name, module in modules.items() if not _is_leaf(module)}
     count = Counter(type(module) for module in inner.values())
     stages = {type(module) for module in inner.values() if _is_stage(module)}
     found: dict[str, nn.Module] = {}
     for name, module in inner.items():  # parents come before their children
         plain = type(module) in _LISTS or type(module) is nn.ModuleDict or type(module) in stages
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if count[type(module)] > 1 and not plain and not inside:
+        if count[type(module)] > 1 and not plain and not inside and _weights(module):
             found[name] = module
     convs: dict[str, nn.Module] = {name: module for name, module in modules.items() if isinstance(module, _CONV)}
     if not found:
@@ -132,6 +145,6 @@ def _is_stage(module: nn.Module) -> bool:
 def _weights(module: nn.Module) -> int:
     """Number of weight layers: convs, linear layers, and leaves with a matrix (as Hugging Face's Conv1D)."""
     return sum(
-        isinstance(m, _WEIGHTED) or (not any(m.children()) and any(p.ndim == 2 for p in m.parameters(False)))
+        isinstance(m, _WEIGHTED) or (_is_leaf(m) and any(p.ndim == 2 for p in m.parameters(False)))
         for m in module.modules()
     )

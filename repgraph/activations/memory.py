@@ -36,7 +36,7 @@ class Passes(Mapping[str, Tensor]):
                 "raise memory= to keep all layers, or pass folder="
             )
         held = {
-            name: torch.empty((n, *recording.specs[name].shape), dtype=recording.specs[name].dtype)
+            name: torch.empty((n, *recording.specs[name].shape), dtype=recording.specs[name].dtype, device="cpu")
             for name in self.groups[number]
         }
         filled = dict.fromkeys(held, 0)
@@ -90,12 +90,12 @@ def as_bytes(memory: int | str | None) -> int:
             free = min(free, int(text) - int(used.read_text()))
         return max(free // 2, 1)
     if isinstance(memory, str):
-        match = re.fullmatch(r"\s*([\d.]+)\s*([kMGT]?)(i?)B?\s*", memory, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kMGT]?)(i?)B?\s*", memory, re.IGNORECASE)
         if not match:
             raise ValueError(f"memory must be a number of bytes or text like '2 GB', got {memory!r}")
         step = 1024 if match[3] else 1000
         return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
-    if isinstance(memory, bool) or memory < 1:
+    if isinstance(memory, bool) or not memory >= 1:
         raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
     return int(memory)
 

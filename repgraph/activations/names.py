@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from html import escape
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from repgraph.activations.batches import Batch, Source, model_dtype, to_device
+from repgraph.activations.batches import model_device, model_dtype, to_device
 from repgraph.activations.container import Spec
-from repgraph.activations.forward import kept_random_state, run
+from repgraph.activations.forward import call_key, first_tensor, kept_random_state
 from repgraph.activations.layers import Select, choose, unwrap
 from repgraph.activations.recording import Recording
 
@@ -56,8 +58,8 @@ def layer_names(model: nn.Module, select: Select = "blocks", data: object = None
 
     Without data the order and the shapes are those for an assumed input, which the result's `given` names: the model's
     own `default_cfg` (timm) or `dummy_inputs` (Hugging Face), else the first layer's number of channels at 224, 64, 32
-    or 28 pixels, its features, or eight token ids. It runs on fake tensors, which compute nothing. Where no assumed
-    input fits, the names stand in order of registration, without shapes.
+    or 28 pixels, its features, or eight token ids. A copy of the model runs on fake tensors,
+    which compute nothing. Where no assumed input fits, the names stand in order of registration, without shapes.
 
     Parameters
     ----------
@@ -92,7 +94,8 @@ def layer_names(model: nn.Module, select: Select = "blocks", data: object = None
         names, specs, given = list(found.specs), found.specs, "for the given data"
     else:
         names, specs, given = list(modules), {}, "in order of registration"
-        for example in _assumed_inputs(model):
+        lazy = any(nn.parameter.is_lazy(p) for p in model.parameters())
+        for example in () if lazy else _assumed_inputs(model):
             with_shapes = _fake_shapes(model, modules, example)
             if with_shapes:
                 names, specs = list(with_shapes), with_shapes
@@ -127,21 +130,25 @@ def _assumed_inputs(model: nn.Module) -> Iterator[object]:
             return
 
 
-def _fake_shapes(model: nn.Module, modules: Mapping[str, nn.Module], example: object) -> dict[str, Spec]:
-    """What the layers give for an example input, on fake tensors; empty if the model does not take it."""
+def _fake_shapes(model: nn.Module, names: Iterable[str], example: object) -> dict[str, Spec]:
+    """What the layers give for an example input, from a copy of the model on fake tensors; empty if it does not run."""
     specs: dict[str, Spec] = {}
+    calls: Counter[str] = Counter()
 
-    def look(key: str, module: nn.Module, x: Tensor, batch: Batch) -> None:
+    def hook(name: str, output: object) -> None:
+        key = call_key(name, calls)
+        x = first_tensor(output, key)
         specs[key] = Spec(tuple(x.shape[1:]), x.dtype)
 
-    def call(model: nn.Module, raw: object) -> object:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return model(**raw) if isinstance(raw, Mapping) else model(raw)
-
     try:
-        example = to_device(example, None, model_dtype(model))
-        for _ in run(model, modules, Source(example, 2, None), look, forward=call):
-            pass
+        example = to_device(example, model_device(model), model_dtype(model))
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with FakeCopyMode(fake):
+            copied = deepcopy(model).eval()
+        for name in names:
+            copied.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: hook(name, output))
+        with fake, torch.no_grad():
+            copied(**example) if isinstance(example, Mapping) else copied(example)
     except Exception:  # any model may refuse any guess, for any reason
         return {}
     return specs

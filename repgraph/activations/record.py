@@ -198,11 +198,16 @@ def stream(
         if not isinstance(value, Tensor):
             raise ValueError(f"layer {name!r}: f must return a tensor, got {type(value).__name__}")
         if combine == "concat":
+            if value.ndim == 0:
+                raise ValueError(f"layer {name!r}: f must return a tensor with rows to concatenate, got a number")
             # A view would keep the whole output alive, and a later in-place operation could change it.
             kept[name].append(value.clone() if _shares(value, x) else value)
             return
         if combine == "mean":
             value = (value if value.is_floating_point() else value.float()) * (len(x) / recording.source.n)
+        if kept[name] and kept[name][0].shape != value.shape:
+            shapes = f"{tuple(kept[name][0].shape)} and then {tuple(value.shape)}"
+            raise ValueError(f"layer {name!r}: f must return one shape for every batch, got {shapes}")
         kept[name] = [kept[name][0] + value] if kept[name] else [value.clone()]
 
     recording.run(list(recording.specs), keep)

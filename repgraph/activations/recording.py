@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from repgraph.activations.batches import Batch, Source
 from repgraph.activations.container import Spec
 from repgraph.activations.forward import Forward, reseed, run
-from repgraph.activations.layers import Select, choose, unwrap
+from repgraph.activations.layers import Select, choose, items_of, unwrap
 from repgraph.activations.reduce import ChannelAxis, Reduce, reduced
 
 _PROBE = 4096  # numbers compared per layer between two runs of the first batch
@@ -37,11 +37,15 @@ class Recording:
     ) -> None:
         self.model = unwrap(model)
         self.modules = choose(self.model, layers)
-        self.source = Source(data, batch_size, samples)
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+                state = "is not initialized (lazy)" if nn.parameter.is_lazy(tensor) else "is on the meta device"
+                raise ValueError(f"model cannot run: parameter {name!r} {state}")
+        self.source = Source(data, batch_size, samples, whole_batch=forward is not None)
         self.reduce, self.channel_axis, self.forward, self.progress = reduce, channel_axis, forward, progress
         self.passes = 0
         self.labels: Tensor | np.ndarray | None = None
-        self.hashes = torch.zeros(0, dtype=torch.int64)
+        self.hashes = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._iterator: Iterator[Batch] | None = iter(self.source)
         self._first = next(self._iterator)
         self._probes: dict[str, Tensor] = {}
@@ -59,7 +63,7 @@ class Recording:
         with closing(run(self.model, self.modules, [self._first], look, forward=self.forward)) as batches:
             for _ in batches:
                 pass
-        items = [layers] if isinstance(layers, str) else [] if callable(layers) else list(layers)
+        items = items_of(self.model, layers)
         exact = [item for item in items if isinstance(item, str) and re.search(r"#\d+$", item)]
         silent = [name for name in self.modules if name not in specs]
         named = [name for name in (*silent, *exact) if name in items and name not in specs]
@@ -69,8 +73,9 @@ class Recording:
                 f"{what} not run in a forward pass in eval mode; those that ran: {', '.join(specs) or 'none'}"
             )
         if exact:  # of a module that is meant by call, only the named calls
-            meant = {item.split("#")[0] for item in exact} - set(items)
-            specs = {key: spec for key, spec in specs.items() if key in exact or key.split("#")[0] not in meant}
+            others = [item for item in items if item not in exact]
+            every = choose(self.model, others) if others else {}
+            specs = {key: spec for key, spec in specs.items() if key in exact or key.split("#")[0] in every}
         return specs
 
     def _value(self, key: str, module: nn.Module, x: Tensor, batch: Batch) -> Tensor:

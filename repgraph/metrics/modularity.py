@@ -127,9 +127,9 @@ def modularity_null(graph: Graph, labels: Labels, *, permutations: int = 20, see
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
     codes, _ = class_codes(labels, graph.n)
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = [codes[torch.randperm(graph.n, generator=generator)] for _ in range(permutations)]
-    return torch.tensor([modularity(graph, y, negative="signed") for y in shuffled], dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shuffled = [codes[torch.randperm(graph.n, generator=generator, device="cpu")] for _ in range(permutations)]
+    return torch.tensor([modularity(graph, y, negative="signed") for y in shuffled], dtype=torch.float64, device="cpu")
 
 
 def label_agreement(graph: Graph, labels: Labels) -> float:
@@ -146,8 +146,8 @@ def label_agreement(graph: Graph, labels: Labels) -> float:
     >>> round(label_agreement(graph, [0, 0, 0, 1, 1, 1]), 6)
     0.857143
     """
-    if (graph.adjacency.data < 0).any():
-        raise ValueError("label_agreement needs weights >= 0, got negative ones")
+    if negative := int((graph.edges()[2] < 0).sum()):
+        raise ValueError(f"label_agreement needs weights >= 0, got {negative} edges of negative weight")
     return modularity(graph, labels, resolution=0.0)
 
 
