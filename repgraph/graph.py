@@ -139,25 +139,8 @@ class Graph:
             raise ValueError(f"how must be 'mean', 'union' or 'mutual', got {how!r}")
         if not self.directed:
             raise ValueError("symmetrize needs a directed graph, got an undirected one")
-        row, col, weight = self.edges()
         settings = {**self.settings, "symmetrize": how}
-        if how == "mean":
-            both = sp.coo_array(
-                (np.tile(weight / 2, 2), (np.concatenate((row, col)), np.concatenate((col, row)))),
-                self.adjacency.shape,
-            )
-            return Graph(both.tocsr(), settings=settings)
-        n = self.n
-        pair = np.minimum(row, col).astype(np.int64) * n + np.maximum(row, col)
-        order = np.argsort(pair, kind="stable")
-        pair, start, count = np.unique(pair[order], return_index=True, return_counts=True)
-        if how == "union":
-            weight = np.maximum.reduceat(weight[order], start) if len(start) else weight
-        else:
-            weight = np.minimum.reduceat(weight[order], start) if len(start) else weight
-            two_way = (count == 2) | (pair // n == pair % n)
-            pair, weight = pair[two_way], weight[two_way]
-        return Graph.from_edges(n, pair // n, pair % n, weight, settings=settings)
+        return Graph(_symmetric(self.n, *self.edges(), how), settings=settings)
 
     def subgraph(self, nodes: ArrayLike) -> Graph:
         """Graph over the given nodes, in the given order; edges to other nodes are dropped.
@@ -389,8 +372,28 @@ def knn_graph(x: Tensor, k: int = 3, *, metric: Metric = "cosine", symmetrize: S
     weight = values.double().flatten().cpu().numpy() if metric == "cosine" else np.ones(n * k)
     column = indices.flatten().cpu().numpy()
     settings = {"k": k, "metric": metric, "symmetrize": symmetrize}
-    directed = Graph(sp.csr_array((weight, column, np.arange(0, n * k + 1, k)), (n, n)), True, settings)
-    return directed if symmetrize == "none" else directed.symmetrize(symmetrize)
+    if symmetrize == "none":
+        return Graph(sp.csr_array((weight, column, np.arange(0, n * k + 1, k)), (n, n)), True, settings)
+    return Graph(_symmetric(n, np.repeat(np.arange(n), k), column, weight, symmetrize), settings=settings)
+
+
+def _symmetric(n: int, row: np.ndarray, col: np.ndarray, weight: np.ndarray, how: str) -> sp.csr_array:
+    """Symmetric adjacency of directed edges, by "mean", "union" or "mutual"; stored zeros are kept."""
+    if how == "mean":
+        ends = np.concatenate((row, col)), np.concatenate((col, row))
+        return sp.coo_array((np.tile(weight / 2, 2), ends), (n, n)).tocsr()
+    pair = np.minimum(row, col).astype(np.int64) * n + np.maximum(row, col)
+    order = np.argsort(pair, kind="stable")
+    pair, start, count = np.unique(pair[order], return_index=True, return_counts=True)
+    if len(pair):
+        weight = (np.maximum if how == "union" else np.minimum).reduceat(weight[order], start)
+    if how == "mutual":
+        two_way = (count == 2) | (pair // n == pair % n)
+        pair, weight = pair[two_way], weight[two_way]
+    row, col = pair // n, pair % n
+    two = row != col
+    ends = np.concatenate((row, col[two])), np.concatenate((col, row[two]))
+    return sp.coo_array((np.concatenate((weight, weight[two])), ends), (n, n)).tocsr()
 
 
 def threshold_graph(x: Tensor, threshold: float, *, metric: Metric = "cosine") -> Graph:

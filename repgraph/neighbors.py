@@ -21,6 +21,7 @@ _SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole 
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
 _WORKSPACE = 64 * 2**20  # bytes of float64 numbers held at once
 _NORM_FLOOR = 1e-8
+_SMALL, _LARGE = 1e-15, 1e15  # sizes whose products float32 holds
 
 
 def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor]:
@@ -83,9 +84,13 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
 
 def _nearest_by_cosine(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n, d = x.shape
-    x, power = _in_range(x)
     norm = _norms(x)
     zero = norm == 0
+    power = torch.ones_like(norm)
+    if norm.max() > _LARGE or norm.masked_fill(zero, 1).min() < _SMALL or (x.dtype == torch.float64 and zero.any()):
+        x, power = _rescaled(x)
+        norm = _norms(x)
+        zero = norm == 0
     scale = torch.maximum(norm, _NORM_FLOOR * power)
     m = min(k + _SPARE, n - 1)
     values, indices = _screen(x, scale.reciprocal().to(x.dtype), None, m, _block(n, d))
@@ -102,8 +107,8 @@ def _nearest_by_cosine(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _nearest_by_distance(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n, d = x.shape
-    power = _in_range(x.reshape(1, -1))[1]
-    x = x if power == 1 else (x * power).to(x.dtype)
+    x, power = _rescaled(x.reshape(1, -1))
+    x = x.reshape(n, d)
     z = x - x.mean(0, dtype=torch.float64).to(x.dtype)
     largest = _norms(z).amax().clamp_min(torch.finfo(x.dtype).tiny)
     z = (z / largest).to(x.dtype)  # rows within the unit ball, where the bound holds
@@ -167,7 +172,7 @@ def _block(n: int, d: int) -> int:
     """Rows per block: small where products dominate, so that half of them is saved; large where selection does."""
     if d <= _FEATURES:
         return 1024
-    return 256 if n <= 1024 else 512
+    return 128 if n <= 1024 else 256
 
 
 def _norms(x: Tensor) -> Tensor:
@@ -178,16 +183,13 @@ def _norms(x: Tensor) -> Tensor:
     return squares.sqrt()
 
 
-def _in_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows times a power of two each, which changes no digit, where products of x might leave the range of its type."""
+def _rescaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row times a power of two, which changes no digit, where its products might leave the range of its type."""
     low, high = x.aminmax(dim=1)
-    peak = torch.maximum(-low, high)
-    outside = (peak > 1e15) | ((peak < 1e-15) & (peak > 0))
-    if not outside.any():
-        return x, torch.ones_like(peak, dtype=torch.float64)
-    exponent = torch.frexp(peak.double()).exponent.clamp(-1000, 1000)
-    power = torch.exp2(-exponent.double()).masked_fill(~outside, 1)
-    return (x * power[:, None]).to(x.dtype), power
+    peak = torch.maximum(-low, high).double()
+    outside = (peak > _LARGE) | ((peak < _SMALL) & (peak > 0))
+    power = torch.exp2(-torch.frexp(peak).exponent.clamp(-1000, 1000).double()).masked_fill(~outside, 1)
+    return ((x * power[:, None]).to(x.dtype) if outside.any() else x), power
 
 
 @contextmanager
@@ -211,10 +213,17 @@ def _full_precision() -> Iterator[None]:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """The product a b', summed over chunks of features."""
-    s = a[:, :_FEATURES] @ b[:, :_FEATURES].T
-    for f in range(_FEATURES, a.shape[1], _FEATURES):
-        s.addmm_(a[:, f : f + _FEATURES], b[:, f : f + _FEATURES].T)
+    """The product a b', summed over chunks of features; several chunks side by side where the workspace allows."""
+    s = a.new_zeros(len(a), len(b))
+    step = _FEATURES * max(1, _WORKSPACE // (4 * s.numel()))
+    for f in range(0, a.shape[1], step):
+        p, q = a[:, f : f + step], b[:, f : f + step]
+        if p.shape[1] > _FEATURES and p.shape[1] % _FEATURES == 0:
+            p, q = p.reshape(len(p), -1, _FEATURES), q.reshape(len(q), -1, _FEATURES)  # views: (rows, chunks, features)
+            s += torch.bmm(p.transpose(0, 1), q.permute(1, 2, 0)).sum(0)
+        else:
+            for g in range(0, p.shape[1], _FEATURES):
+                s.addmm_(p[:, g : g + _FEATURES], q[:, g : g + _FEATURES].T)
     return s
 
 
@@ -244,6 +253,10 @@ def _merge(values: Tensor, indices: Tensor, s: Tensor, offset: int) -> None:
     """Let the columns offset, offset + 1, ... of s compete with the best of each row so far; in place."""
     m = values.shape[1]
     best, column = s.topk(min(m, s.shape[1]), dim=1)
+    if offset == 0 and best.shape[1] == m:  # the first columns have no competitors yet
+        values.copy_(best)
+        indices.copy_(column)
+        return
     best, order = torch.cat((values, best), 1).topk(m, dim=1)
     indices.copy_(torch.cat((indices, column + offset), 1).gather(1, order))
     values.copy_(best)
