@@ -37,7 +37,9 @@ def main() -> None:
         ax.plot(place, table["modularity"].iloc[place], "o", markersize=10, markerfacecolor="none", color="#D55E00")
     titles = {name: f"{name}: Q = {table['modularity'][name]:.2f}" for name in names}
     plot.graphs(graphs, drawn.labels, titles=titles, axes=[figure.add_subplot(grid[1, i]) for i in range(4)])
-    figure.legend(handles=plot.class_handles(drawn.labels), loc="outside lower center", ncols=10, frameon=False, fontsize=9)
+    figure.legend(
+        handles=plot.class_handles(drawn.labels), loc="outside lower center", ncols=10, frameon=False, fontsize=9
+    )
     path = Path(__file__).with_suffix(".png")
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")

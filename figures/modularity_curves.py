@@ -34,7 +34,9 @@ def main() -> None:
     )
     for ax, (name, table) in zip(axes.flat, found.items(), strict=True):
         plot.curve(table, ax=ax)
-        ax.set_title(f"{name}, {len(table)} layers: Q {table['modularity'].iloc[-1]:.2f} at the end", loc="left", size=10)
+        ax.set_title(
+            f"{name}, {len(table)} layers: Q {table['modularity'].iloc[-1]:.2f} at the end", loc="left", size=10
+        )
         ax.label_outer(remove_inner_ticks=False)
         ax.tick_params(labelbottom=True)
     first = next(iter(found.values()))

@@ -82,10 +82,23 @@ class Graph:
             same = np.array_equal(a.indices, t.indices) and np.array_equal(a.data, t.data)
             if not same and (a - t).count_nonzero():  # stored zeros may lack their mirror image
                 raise ValueError("adjacency must be symmetric, got an asymmetric one: pass directed=True")
+        self._set(a, self.directed, self.settings)
+
+    def _set(self, a: sp.csr_array, directed: bool, settings: Mapping[str, object]) -> None:
         for array in (a.data, a.indices, a.indptr):
             array.flags.writeable = False
         object.__setattr__(self, "adjacency", a)
-        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+        object.__setattr__(self, "directed", directed)
+        object.__setattr__(self, "settings", MappingProxyType(dict(settings)))
+
+    @classmethod
+    def _symmetric(
+        cls, n: int, row: np.ndarray, col: np.ndarray, weight: np.ndarray, how: str, settings: Mapping[str, object]
+    ) -> Graph:
+        """Undirected graph of directed edges, symmetric by construction and so without the checks."""
+        graph = object.__new__(cls)
+        graph._set(_symmetric(n, row, col, weight, how), False, settings)
+        return graph
 
     def __reduce__(self) -> tuple[type[Graph], tuple[object, ...]]:
         return Graph, (self.adjacency, self.directed, dict(self.settings))
@@ -140,7 +153,7 @@ class Graph:
         if not self.directed:
             raise ValueError("symmetrize needs a directed graph, got an undirected one")
         settings = {**self.settings, "symmetrize": how}
-        return Graph(_symmetric(self.n, *self.edges(), how), settings=settings)
+        return Graph._symmetric(self.n, *self.edges(), how, settings)
 
     def subgraph(self, nodes: ArrayLike) -> Graph:
         """Graph over the given nodes, in the given order; edges to other nodes are dropped.
@@ -374,7 +387,7 @@ def knn_graph(x: Tensor, k: int = 3, *, metric: Metric = "cosine", symmetrize: S
     settings = {"k": k, "metric": metric, "symmetrize": symmetrize}
     if symmetrize == "none":
         return Graph(sp.csr_array((weight, column, np.arange(0, n * k + 1, k)), (n, n)), True, settings)
-    return Graph(_symmetric(n, np.repeat(np.arange(n), k), column, weight, symmetrize), settings=settings)
+    return Graph._symmetric(n, np.repeat(np.arange(n), k), column, weight, symmetrize, settings)
 
 
 def _symmetric(n: int, row: np.ndarray, col: np.ndarray, weight: np.ndarray, how: str) -> sp.csr_array:

@@ -87,16 +87,17 @@ def _nearest_by_cosine(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     norm = _norms(x)
     zero = norm == 0
     power = torch.ones_like(norm)
-    if norm.max() > _LARGE or norm.masked_fill(zero, 1).min() < _SMALL or (x.dtype == torch.float64 and zero.any()):
+    low, high = norm.aminmax()
+    if high > _LARGE or (low < _SMALL and (x.dtype == torch.float64 or norm.masked_fill(zero, 1).min() < _SMALL)):
         x, power = _rescaled(x)
         norm = _norms(x)
         zero = norm == 0
     scale = torch.maximum(norm, _NORM_FLOOR * power)
     m = min(k + _SPARE, n - 1)
     values, indices = _screen(x, scale.reciprocal().to(x.dtype), None, m, _block(n, d))
-    # A zero row ties with everybody at 0: its neighbours are the first others.
-    first = torch.arange(m, device=x.device).expand(n, m)
-    indices[zero] = (first + (first >= torch.arange(n, device=x.device)[:, None]))[zero]
+    if zero.any():  # a zero row ties with everybody at 0: its neighbours are the first others
+        first = torch.arange(m, device=x.device).expand(n, m)
+        indices[zero] = (first + (first >= torch.arange(n, device=x.device)[:, None]))[zero]
     error = max((min(d, _FEATURES) + d / _FEATURES + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
     near = values[:, k - 1] - 2 * error
     whole = ~zero & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(zero)
@@ -264,7 +265,8 @@ def _merge(values: Tensor, indices: Tensor, s: Tensor, offset: int) -> None:
 
 def _parts(rows: Tensor, floats: int) -> tuple[Tensor, ...]:
     """The chosen rows, in parts that need at most the workspace at `floats` float64 numbers a row."""
-    return torch.split(rows.nonzero()[:, 0], max(1, _WORKSPACE // (8 * floats)))
+    chosen = rows.nonzero()[:, 0]
+    return torch.split(chosen, max(1, _WORKSPACE // (8 * floats))) if len(chosen) else ()
 
 
 def _best(scores: Tensor, others: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
