@@ -1,7 +1,7 @@
 """Peak memory of a profile under a budget of a tenth of the activations: ``python -m benchmarks.memory``.
 
-ResNet-56 on 5 x 500 CIFAR-10 images where they are present, else the demo network on 5 x 200 digits. Each line is measured
-in a process of its own, as growth of resident memory over the moment when model and data are loaded.
+ResNet-56 on 5 x 500 CIFAR-10 images where they are present, else the demo network on 5 x 200 digits. Each line is
+measured in a process of its own, as growth of resident memory over the moment when model and data are loaded.
 """
 
 import argparse

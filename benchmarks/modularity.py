@@ -3,8 +3,8 @@
     python -m benchmarks.modularity [--n 500 2000 5000] [--repeats 3]
 
 Published route, written from the method note: cosine similarities by one product, the k largest of each row by a heap,
-a dense adjacency, (A + A') / 2, networkx's modularity. The floor is the bare float32 product X X' of each layer. Capture
-is excluded on all sides. ResNet-56 on CIFAR-10 images where they are present, else the demo network on digits.
+a dense adjacency, (A + A') / 2, networkx's modularity. The floor is the bare float32 product X X' of each layer.
+Capture is excluded on all sides. ResNet-56 on CIFAR-10 images where they are present, else the demo network on digits.
 """
 
 import argparse
@@ -65,17 +65,18 @@ def timed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--n", type=int, nargs="+", default=[500, 2000, 5000])
-    parser.add_argument("--repeats", type=int, default=5, help="median of so many runs; one run from n = 5000 on")
+    parser.add_argument("--repeats", type=int, default=5, help="median of so many runs; one run from n = 2000 on")
     args = parser.parse_args()
     real = shared_data.available()
     model = shared_data.cifar_network(56) if real else digits_resnet()
     x, y = shared_data.cifar_images(max(args.n)) if real else digits()
+    network = "ResNet-56, CIFAR-10" if real else "demo network, digits"
     print(
-        f"{'ResNet-56, CIFAR-10' if real else 'demo network, digits'}; k = {K}; {platform.processor() or platform.machine()}, "
+        f"{network}; k = {K}; {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, networkx {nx.__version__}"
     )
     print(
-        "features    n  layers      d       published      ours   ratio   products  ours/products  max |dQ|  growth of ours"
+        "features    n  layers      d       published      ours   ratio   products  ours/products  max |dQ|    growth"
     )
     for n in args.n:
         if n > len(x):
@@ -84,7 +85,7 @@ def main() -> None:
         for reduce in (None, "mean"):
             acts = repgraph.capture(model, x[:n], reduce=reduce, memory="12 GB", progress=False)
             layers = {name: acts[name] for name in acts}
-            repeats = 1 if n >= 5000 else args.repeats
+            repeats = 1 if n >= 2000 else args.repeats
             with growth() as memory:  # a run of its own: watching costs time
                 timed(ours, layers, y[:n], 1)
             mine, q = timed(ours, layers, y[:n], repeats)

@@ -6,6 +6,7 @@ They are looked for in the folder that REPGRAPH_SHARED names, by default ../shar
 import importlib.util
 import io
 import os
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -31,9 +32,7 @@ def cifar_images(n: int) -> tuple[Tensor, Tensor]:
     """The first n test images, normalised, (n, 3, 32, 32), and their labels; ten in a row are of ten classes."""
     with np.load(SHARED / "data/cifar10/test.npz") as file:
         raw, offsets, labels = file["jpeg"].tobytes(), file["offsets"], file["labels"][:n]
-    images = [
-        np.asarray(Image.open(io.BytesIO(raw[a:b]))) for a, b in zip(offsets[:n], offsets[1 : n + 1], strict=True)
-    ]
+    images = [np.asarray(Image.open(io.BytesIO(raw[a:b]))) for a, b in pairwise(offsets[: n + 1])]
     return _definitions().cifar_input(np.stack(images)), torch.from_numpy(labels)
 
 

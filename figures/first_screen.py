@@ -14,7 +14,7 @@ from benchmarks import shared_data
 from repgraph import plot
 from repgraph.demo import digits, digits_resnet
 
-CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def main() -> None:
