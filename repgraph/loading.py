@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -178,8 +179,8 @@ def _call(spec: str, role: str, keywords: dict[str, object]) -> object:
         raise ValueError(f"{role} {spec}: cannot import {place}: {_line(error)}") from error
     made: Callable[..., object] | None = getattr(module, name, None)
     if made is None or not callable(made):
-        near = [item for item in vars(module) if item.lower().startswith(name[:3].lower()) and not item.startswith("_")]
-        hint = f"; it has {', '.join(near[:6])}" if near else ""
+        near = difflib.get_close_matches(name, [item for item in vars(module) if not item.startswith("_")], 5)
+        hint = f"; it has {', '.join(near)}" if near else ""
         raise ValueError(f"{role} {spec}: {place} has no callable {name!r}{hint}")
     try:
         return made(**keywords)
