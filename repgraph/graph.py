@@ -92,7 +92,7 @@ class Graph:
         object.__setattr__(self, "settings", MappingProxyType(dict(settings)))
 
     @classmethod
-    def _symmetric(
+    def _undirected(
         cls, n: int, row: np.ndarray, col: np.ndarray, weight: np.ndarray, how: str, settings: Mapping[str, object]
     ) -> Graph:
         """Undirected graph of directed edges, symmetric by construction and so without the checks."""
@@ -153,7 +153,7 @@ class Graph:
         if not self.directed:
             raise ValueError("symmetrize needs a directed graph, got an undirected one")
         settings = {**self.settings, "symmetrize": how}
-        return Graph._symmetric(self.n, *self.edges(), how, settings)
+        return Graph._undirected(self.n, *self.edges(), how, settings)
 
     def subgraph(self, nodes: ArrayLike) -> Graph:
         """Graph over the given nodes, in the given order; edges to other nodes are dropped.
@@ -387,7 +387,7 @@ def knn_graph(x: Tensor, k: int = 3, *, metric: Metric = "cosine", symmetrize: S
     settings = {"k": k, "metric": metric, "symmetrize": symmetrize}
     if symmetrize == "none":
         return Graph(sp.csr_array((weight, column, np.arange(0, n * k + 1, k)), (n, n)), True, settings)
-    return Graph._symmetric(n, np.repeat(np.arange(n), k), column, weight, symmetrize, settings)
+    return Graph._undirected(n, np.repeat(np.arange(n), k), column, weight, symmetrize, settings)
 
 
 def _symmetric(n: int, row: np.ndarray, col: np.ndarray, weight: np.ndarray, how: str) -> sp.csr_array:

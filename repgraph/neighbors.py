@@ -84,13 +84,13 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
 
 def _nearest_by_cosine(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n, d = x.shape
-    norm = _norms(x)
+    norm = row_norms(x)
     zero = norm == 0
     power = torch.ones_like(norm)
     low, high = norm.aminmax()
     if high > _LARGE or (low < _SMALL and (x.dtype == torch.float64 or norm.masked_fill(zero, 1).min() < _SMALL)):
         x, power = _rescaled(x)
-        norm = _norms(x)
+        norm = row_norms(x)
         zero = norm == 0
     scale = torch.maximum(norm, _NORM_FLOOR * power)
     m = min(k + _SPARE, n - 1)
@@ -98,8 +98,7 @@ def _nearest_by_cosine(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if zero.any():  # a zero row ties with everybody at 0: its neighbours are the first others
         first = torch.arange(m, device=x.device).expand(n, m)
         indices[zero] = (first + (first >= torch.arange(n, device=x.device)[:, None]))[zero]
-    error = max((min(d, _FEATURES) + d / _FEATURES + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
-    near = values[:, k - 1] - 2 * error
+    near = values[:, k - 1] - 2 * _error(x)
     whole = ~zero & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(zero)
     some = ~zero & ~whole & (values[:, k] >= near) if m > k else torch.zeros_like(zero)
     values, nearest = _refined(x, scale, values, indices, k, some, whole, "cosine")
@@ -111,13 +110,12 @@ def _nearest_by_distance(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     x, power = _rescaled(x.reshape(1, -1))
     x = x.reshape(n, d)
     z = x - x.mean(0, dtype=torch.float64).to(x.dtype)
-    largest = _norms(z).amax().clamp_min(torch.finfo(x.dtype).tiny)
+    largest = row_norms(z).amax().clamp_min(torch.finfo(x.dtype).tiny)
     z = (z / largest).to(x.dtype)  # rows within the unit ball, where the bound holds
     m = min(k + _SPARE, n - 1)
-    values, indices = _screen(z, None, _norms(z).square().to(x.dtype) / 2, m, _block(n, d))
+    values, indices = _screen(z, None, row_norms(z).square().to(x.dtype) / 2, m, _block(n, d))
     del z
-    error = max((min(d, _FEATURES) + d / _FEATURES + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
-    whole = values[:, -1] >= values[:, k - 1] - 2 * error if m < n - 1 else values[:, 0] > torch.inf
+    whole = values[:, -1] >= values[:, k - 1] - 2 * _error(x) if m < n - 1 else values[:, 0] > torch.inf
     # Every row is refined: float32 loses the digits of distances to cancellation.
     values, nearest = _refined(x, torch.ones_like(power).expand(n), values, indices, k, ~whole, whole, "euclidean")
     return -values / power, nearest
@@ -176,7 +174,13 @@ def _block(n: int, d: int) -> int:
     return 128 if n <= 1024 else 256
 
 
-def _norms(x: Tensor) -> Tensor:
+def _error(x: Tensor) -> float:
+    """Bound on the error of what `_screen` compares, for rows of norm 1 at most; no less than the width of a tie."""
+    d = x.shape[1]
+    return max((min(d, _FEATURES) + d / _FEATURES + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
+
+
+def row_norms(x: Tensor) -> Tensor:
     """Euclidean norms of the rows in float64, (n,), without a float64 copy of x."""
     squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for f in range(0, x.shape[1], _FEATURES):

@@ -389,7 +389,7 @@ def test_kernels_stay_on_cuda(d, dtype):
         x = torch.empty(300, d, device="cuda", dtype=dtype)
         rows = torch.arange(10, device="cuda")
         others = torch.zeros((10, 12), dtype=torch.int64, device="cuda")
-        norm = neighbors._norms(x)
+        norm = neighbors.row_norms(x)
         results = [norm]
         results += neighbors._screen(x, norm.reciprocal().to(dtype), None, 11, 256)
         results += neighbors._screen(x, None, norm.square().to(dtype), 11, 128)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from repgraph.labels import Labels, class_codes
-from repgraph.neighbors import as_samples
+from repgraph.neighbors import as_samples, row_norms
 
 
 def class_separation(x: Tensor, labels: Labels) -> float:
@@ -60,11 +60,8 @@ def _distances(x: Tensor, codes: Tensor, classes: int) -> Tensor:
     """Mean cosine distance within classes, and over all pairs of classes: (2,) in float64."""
     one_hot = torch.zeros((classes, len(x)), dtype=torch.float64, device=x.device)
     one_hot.scatter_(0, codes[None], 1.0)
-    norm = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for f in range(0, x.shape[1], 1024):
-        norm += torch.linalg.vector_norm(x[:, f : f + 1024].double(), dim=1).square()
     # (C, n): row c averages the unit rows of class c
-    average = one_hot / one_hot.sum(1, keepdim=True) / norm.sqrt().clamp_min(1e-8)
+    average = one_hot / one_hot.sum(1, keepdim=True) / row_norms(x).clamp_min(1e-8)
     own, overall = torch.zeros((2,), dtype=torch.float64, device=x.device)
     for f in range(0, x.shape[1], 1024):
         mean = average @ x[:, f : f + 1024].double()  # (C, f)
