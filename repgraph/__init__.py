@@ -1,6 +1,7 @@
 """See what every layer of a trained network does to a set of samples, as graphs, and act on it."""
 
 from repgraph.activations import Activations, capture, layer_names, stream
+from repgraph.between import between_layers, between_layers_null, compare_layers, stream_cka
 from repgraph.graph import Graph, Partition, communities, knn_graph, threshold_graph
 from repgraph.layerwise import apply_layers, profile, profile_activations
 from repgraph.metrics.class_separation import class_separation
@@ -13,9 +14,12 @@ __all__ = [
     "Graph",
     "Partition",
     "apply_layers",
+    "between_layers",
+    "between_layers_null",
     "capture",
     "class_separation",
     "communities",
+    "compare_layers",
     "knn_graph",
     "label_agreement",
     "layer_names",
@@ -25,5 +29,6 @@ __all__ = [
     "profile",
     "profile_activations",
     "stream",
+    "stream_cka",
     "threshold_graph",
 ]

@@ -74,7 +74,7 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
     [0.6, 0.8, 0.8]
     """
     x = _checked(x, k, metric)
-    with torch.autocast(x.device.type, enabled=False), _full_precision():
+    with torch.autocast(x.device.type, enabled=False), full_precision():
         if metric == "cosine":
             values, indices = _nearest_by_cosine(x, k)
         else:
@@ -198,7 +198,7 @@ def _rescaled(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """TF32 or bfloat16 products, which a user may have allowed, would break the error bound."""
     matmuls = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
     matmuls = [matmul for matmul in matmuls if hasattr(matmul, "fp32_precision")]

@@ -285,7 +285,7 @@ def test_a_lower_matmul_precision_is_set_aside_and_restored():
         for one, other in zip(sets(x), expected, strict=True):
             assert torch.equal(one, other)
         assert torch.get_float32_matmul_precision() == "medium"
-        with pytest.raises(RuntimeError), neighbors._full_precision():
+        with pytest.raises(RuntimeError), neighbors.full_precision():
             neighbors._products(normal(2, 3), normal(2, 4))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
