@@ -1,15 +1,13 @@
-"""Every figure: data in, matplotlib Axes out. Nothing is shown or saved, and no global style is touched."""
+"""Drawings of the graphs of one or several layers."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
@@ -19,7 +17,6 @@ from repgraph.labels import Labels, as_labels, class_codes
 if TYPE_CHECKING:
     from repgraph.graph import Graph
 
-BLUE, GREY = "#0072B2", "#767676"
 # Paul Tol's "muted" scheme and black: told apart by readers with any of the common colour-vision deficiencies.
 CLASS_COLORS = (
     "#332288",
@@ -34,135 +31,6 @@ CLASS_COLORS = (
     "#000000",
 )
 _MARKERS = "os^Dv"
-_NAMES = {
-    "modularity": "modularity Q",
-    "class_separation": "class separation R²",
-    "community_modularity": "modularity of Leiden communities",
-    "isolated": "isolated nodes",
-    "negative_share": "share of negative edges",
-    "features": "features",
-}
-
-
-def curve(
-    curve: pd.Series | pd.DataFrame, *, column: str | None = None, ax: Axes | None = None, **line: object
-) -> Axes:
-    """One number against the layers, with its band and, where the table has one, its null.
-
-    Parameters
-    ----------
-    curve
-        A Series indexed by layer; a table of `profile` (the band is one standard deviation over the sample sets, the
-        null is drawn with its own band); or a DataFrame of repeats, layer x repeat, drawn as mean and one standard
-        deviation.
-    column
-        Which column of a table of `profile`; its first by default.
-    ax
-        Axes to draw into; new ones of a width that suits the number of layers by default.
-    **line
-        Passed to `Axes.plot` for the curve (color, label, ...).
-
-    Returns
-    -------
-    Axes
-        With the layer names below as densely as they can be read, and the table's settings as a caption.
-
-    Raises
-    ------
-    ValueError
-        If there are no layers, or the column does not exist.
-
-    Examples
-    --------
-    >>> ax = curve(pd.Series([0.1, 0.3, 0.7], index=["stem", "block1", "block2"], name="modularity"))
-    >>> ax.get_ylabel(), [tick.get_text() for tick in ax.get_xticklabels()]
-    ('modularity Q', ['stem', 'block1', 'block2'])
-    """
-    if len(curve) == 0:
-        raise ValueError("curve must have at least one layer, got an empty table")
-    null: tuple[pd.Series, pd.Series] | None = None
-    std: pd.Series | None = None
-    if isinstance(curve, pd.Series):
-        if column is not None:
-            raise ValueError(f"column={column!r} needs a table, got a Series")
-        mean, name = curve, str(curve.name or "")
-    elif f"{column or curve.columns[0]}_std" in curve or column is not None:
-        name = str(column or curve.columns[0])
-        if name not in curve:
-            raise ValueError(f"column must be one of {', '.join(map(str, curve.columns))}, got {name!r}")
-        mean, std = curve[name], curve.get(f"{name}_std")
-        if name == "modularity" and "null" in curve:
-            null = curve["null"], curve["null_std"]
-    else:
-        mean, std, name = curve.mean(axis=1), curve.std(axis=1), ""
-    if ax is None:
-        width = float(np.clip(1.5 + 0.2 * len(mean), 5, 13))
-        ax = plt.subplots(figsize=(width, 4), layout="constrained")[1]
-    x = np.arange(len(mean))
-    style: dict[str, object] = {"color": BLUE, "marker": "o", "markersize": 3.5, "linewidth": 1.5, **line}
-    (drawn,) = ax.plot(x, mean.to_numpy(float), **style)  # type: ignore[arg-type]
-    if std is not None and std.notna().any():
-        ax.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
-    if null is not None:
-        ax.plot(x, null[0], color=GREY, linestyle="--", linewidth=1)
-        ax.fill_between(x, null[0] - null[1], null[0] + null[1], color=GREY, alpha=0.2, linewidth=0)
-        ax.annotate(
-            "labels permuted",
-            (x[-1], null[0].iloc[-1]),
-            (0, 4),
-            textcoords="offset points",
-            ha="right",
-            color=GREY,
-            size=8,
-        )
-    if name == "modularity" and "ceiling" in curve:
-        ax.plot(x, curve["ceiling"], color=GREY, linestyle=":", linewidth=1)
-        ax.annotate("ceiling", (x[0], curve["ceiling"].iloc[0]), (0, 4), textcoords="offset points", color=GREY, size=8)
-    label_layers(ax, [str(layer) for layer in mean.index])
-    ax.set_ylabel(_NAMES.get(name, name.replace("_", " ")))
-    ax.spines[["top", "right"]].set_visible(False)
-    if curve.attrs:
-        room = int(_inches(ax) * 72 / (8 * 0.56))
-        band = ", band: 1 std over sets" if std is not None and std.notna().any() else ""
-        ax.set_title(textwrap.fill(caption(curve) + band, room), loc="left", size=8, color="#444444")
-    return ax
-
-
-def caption(table: pd.Series | pd.DataFrame) -> str:
-    """The settings of a table of `profile` in one line, for a figure's caption."""
-    a = table.attrs
-    sets = f"{a['repeats']} x {a['n']} samples" if "repeats" in a else ""
-    reduce = f"reduce={a['reduce']}" if a.get("reduce") else ""
-    graph = f"k={a['k']} {a['metric']} graphs ({a['symmetrize']})" if "k" in a else ""
-    return ", ".join(part for part in (str(a.get("model", "")), sets, graph, reduce) if part)
-
-
-def label_layers(ax: Axes, names: Sequence[str], *, size: float = 7.5) -> None:
-    """Layer names along the x axis: all of them where they can be read, else every second, third, ... and the last."""
-    room = max(2, int(_inches(ax) / (size / 72 * 1.35)))
-    step = -(-len(names) // room)
-    places = list(range(0, len(names), step))
-    if places[-1] != len(names) - 1:  # the last layer is the one that readers look for
-        if len(names) - 1 - places[-1] < step:
-            places.pop()
-        places.append(len(names) - 1)
-    upright = max(map(len, names)) > 4 or len(names) > 12
-    ax.set_xticks(
-        places,
-        [names[i] for i in places],
-        rotation=90 if upright else 0,
-        size=size,
-        fontfamily="monospace" if upright else None,
-    )
-    ax.set_xticks(range(len(names)), minor=True)
-    ax.set_xlim(-0.5, len(names) - 0.5)
-
-
-def _inches(ax: Axes) -> float:
-    """Width of the axes."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    return float(ax.get_position().width * figure.get_size_inches()[0])
 
 
 def graph(
