@@ -1,10 +1,11 @@
-"""The command line: `repgraph demo`, `repgraph layers`, `repgraph profile`. Thin over the functions."""
+"""The command line: `repgraph demo`, `layers`, `profile` and `compare`. Thin over the functions."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import click
@@ -14,17 +15,54 @@ import pandas as pd
 import torch
 from torch import nn
 
-from repgraph import __version__
+from repgraph import __version__, plot
 from repgraph.activations import capture, layer_names
 from repgraph.activations.reduce import Reduce
+from repgraph.between import compare_layers
 from repgraph.layerwise import profile, set_order
 from repgraph.loading import load_data, load_model
-from repgraph.report import write_report
+from repgraph.metrics.similarity import cknna, gbs, linear_cka, mutual_knn, procrustes, rbf_cka, rsa, rtd, svcca
+from repgraph.report import write_comparison, write_report
 
 _DRAWN = 300  # samples in a drawing
 _PANELS = 4
 
+_MEASURES: dict[str, Callable[..., float]] = {
+    "gbs": gbs,
+    "cka": partial(linear_cka, unbiased=True),
+    "biased_cka": linear_cka,
+    "rbf_cka": rbf_cka,
+    "mutual_knn": mutual_knn,
+    "cknna": cknna,
+    "procrustes": procrustes,
+    "rsa": rsa,
+    "svcca": svcca,
+    "rtd": rtd,
+}
+
 Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def _with(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options at once, in the order in which they are listed."""
+
+    def attach(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return attach
+
+
+_of_data = _with(
+    click.option("--reduce", type=click.Choice(["mean", "cls", "last"]), help="Pool positions or tokens."),
+    click.option("--memory", metavar="SIZE", help='Budget for activations, as "2 GB".'),
+    click.option("--batch-size", default=64, show_default=True, help="Samples per forward pass."),
+    click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True),
+    click.option("--size", type=int, help="Resize images to this side and crop the centre square."),
+    click.option("--mean", metavar="NUMBERS", help="Mean per channel to subtract, as 0.485,0.456,0.406."),
+    click.option("--std", metavar="NUMBERS", help="Deviation per channel to divide by."),
+)
 
 
 def _of_model(command: Command) -> Command:
@@ -109,13 +147,13 @@ def layers(model: str, weights: str | None, arguments: tuple[str, ...], select: 
 @click.option("--n", default=500, show_default=True, help="Samples per set.")
 @click.option("--repeats", default=5, show_default=True, help="Number of sets.")
 @click.option("--seed", type=int, help="Draw the sets at random with this seed.")
-@click.option("--reduce", type=click.Choice(["mean", "cls", "last"]), help="Pool positions or tokens.")
-@click.option("--memory", metavar="SIZE", help='Budget for activations, as "2 GB".')
-@click.option("--batch-size", default=64, show_default=True, help="Samples per forward pass.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--size", type=int, help="Resize images to this side and crop the centre square.")
-@click.option("--mean", metavar="NUMBERS", help="Mean per channel to subtract, as 0.485,0.456,0.406.")
-@click.option("--std", metavar="NUMBERS", help="Deviation per channel to divide by.")
+@click.option(
+    "--metrics",
+    default="modularity",
+    show_default=True,
+    help="modularity, gbs, cka: gbs and cka add the similarity to the previous layer.",
+)
+@_of_data
 @click.option("--out", default="repgraph-profile", show_default=True, help="Folder for the results.")
 def profile_command(
     model: str,
@@ -127,6 +165,7 @@ def profile_command(
     n: int,
     repeats: int,
     seed: int | None,
+    metrics: str,
     reduce: Reduce,
     memory: str | None,
     batch_size: int,
@@ -153,11 +192,86 @@ def profile_command(
         n=n,
         repeats=repeats,
         seed=seed,
+        metrics=[name.strip() for name in metrics.split(",")],  # type: ignore[misc]
         reduce=reduce,
         memory=memory,
         batch_size=batch_size,
     )
     _finish(out, net, items, table, f"{model} on {data}", "", seed=seed, reduce=reduce, batch_size=batch_size)
+
+
+@cli.command("compare")
+@click.argument("model_a")
+@click.argument("model_b")
+@click.argument("data")
+@click.option("--measure", default="gbs,cka", show_default=True, help=f"One or several of {', '.join(_MEASURES)}.")
+@click.option("--weights-a", metavar="FILE", help="Weights of MODEL_A: safetensors, or a state dict saved by torch.")
+@click.option("--weights-b", metavar="FILE", help="Weights of MODEL_B.")
+@click.option("--arg-a", "arguments_a", multiple=True, metavar="NAME=VALUE", help="Argument of MODEL_A; repeatable.")
+@click.option("--arg-b", "arguments_b", multiple=True, metavar="NAME=VALUE", help="Argument of MODEL_B; repeatable.")
+@click.option("--layers", "select", default="blocks", show_default=True, help="blocks, leaves, names, wildcards.")
+@click.option("--layers-b", "select_b", help="Layers of MODEL_B, where they have other names.")
+@click.option("--name-a", help="What to call MODEL_A on the axes.")
+@click.option("--name-b", help="What to call MODEL_B.")
+@click.option("--n", default=500, show_default=True, help="Samples.")
+@click.option("--seed", type=int, help="Draw the samples at random with this seed; the first ones otherwise.")
+@_of_data
+@click.option("--out", default="repgraph-compare", show_default=True, help="Folder for the results.")
+def compare_command(
+    model_a: str,
+    model_b: str,
+    data: str,
+    measure: str,
+    weights_a: str | None,
+    weights_b: str | None,
+    arguments_a: tuple[str, ...],
+    arguments_b: tuple[str, ...],
+    select: str,
+    select_b: str | None,
+    name_a: str | None,
+    name_b: str | None,
+    n: int,
+    seed: int | None,
+    reduce: Reduce,
+    memory: str | None,
+    batch_size: int,
+    device: str,
+    size: int | None,
+    mean: str | None,
+    std: str | None,
+    out: str,
+) -> None:
+    """Similarity of every layer of MODEL_A to every layer of MODEL_B on DATA: tables, heat maps and a page in a folder.
+
+    Models and data as for `repgraph profile`. gbs links each sample to its 5 nearest, cka is unbiased.
+    """
+    chosen = [name.strip() for name in measure.split(",")]
+    if unknown := [name for name in chosen if name not in _MEASURES]:
+        raise ValueError(f"--measure must be of {', '.join(_MEASURES)}, got {unknown[0]!r}")
+    items = load_data(data, size=size, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"))
+    items = list(items) if isinstance(items, Iterator) else items
+    samples = n if seed is None else set_order(items, batch_size, seed)[:n]
+    captured = [
+        capture(
+            load_model(model, weights, arguments).to(device),
+            items,
+            _split(layers),
+            samples=samples,
+            reduce=reduce,
+            memory=memory,
+            batch_size=batch_size,
+        )
+        for model, weights, arguments, layers in (
+            (model_a, weights_a, arguments_a, select),
+            (model_b, weights_b, arguments_b, select_b or select),
+        )
+    ]
+    names = (name_a or f"a: {model_a}", name_b or f"b: {model_b}")
+    tables = compare_layers({name: _MEASURES[name] for name in chosen}, *captured, names=names, device=device)
+    files = write_comparison(out, tables, title=f"{names[0]} against {names[1]} on {data}")
+    for name, table in tables.items():
+        click.echo(f"{name}: {plot.caption(table)}\n{table.round(2).to_string()}\n")
+    click.echo("wrote " + ", ".join(str(file) for file in files))
 
 
 def _finish(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Integral
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,15 @@ from repgraph.graph import Graph, communities, knn_graph
 from repgraph.labels import Labels, as_labels, class_codes
 from repgraph.metrics.class_separation import class_separation
 from repgraph.metrics.modularity import modularity, modularity_ceiling, modularity_null
+from repgraph.metrics.similarity.cka import linear_cka
+from repgraph.metrics.similarity.gbs import gbs
+from repgraph.metrics.similarity.gram import gram
+from repgraph.metrics.similarity.measure import Measure
+from repgraph.metrics.similarity.null import permuted
 from repgraph.neighbors import Metric
 
 T = TypeVar("T")
+Family = Literal["modularity", "gbs", "cka"]
 
 
 def apply_layers(f: Callable[[T], float], items: Mapping[str, T]) -> pd.Series:
@@ -64,7 +71,7 @@ def profile(
     n: int = 500,
     repeats: int = 5,
     seed: int | None = None,
-    metrics: Sequence[Literal["modularity"]] = ("modularity",),
+    metrics: Sequence[Family] = ("modularity",),
     labels: Labels | None = None,
     reduce: Reduce = None,
     metric: Metric = "cosine",
@@ -95,7 +102,8 @@ def profile(
         Take the sets from a random permutation of all samples with this seed; needed where the data are sorted by
         class. It also seeds the null (0 if None).
     metrics
-        Families of metrics; "modularity" so far.
+        Families of metrics: "modularity"; "gbs" and "cka" add the similarity to the previous layer, GBS of the same
+        graphs and unbiased linear CKA.
     permutations
         Label permutations per set for the null.
     progress
@@ -108,7 +116,9 @@ def profile(
         inside classes); class_separation; features (dimension of the flattened output); isolated (nodes without
         weight); negative_share (share of the edges with negative weight; modularity is then the signed one). Without
         labels: community_modularity and community_modularity_std (of Leiden communities, negative weights set to 0),
-        communities, features, isolated, negative_share. The settings are in `attrs`.
+        communities, features, isolated, negative_share. With "gbs" or "cka" in metrics: gbs_previous, gbs_previous_std
+        and gbs_previous_null (samples shuffled), and the same of cka_previous; nan for the first layer. The settings
+        are in `attrs`.
 
     Raises
     ------
@@ -158,7 +168,8 @@ def profile(
         )
     order = torch.arange(activations.n, device="cpu") if isinstance(samples, int) else samples.argsort().argsort()
     sets = _sets(order, n, repeats)
-    return _profile(activations, sets, k, metric, symmetrize, permutations, seed, model_device(unwrap(model)), progress)
+    device = model_device(unwrap(model))
+    return _profile(activations, sets, k, metrics, metric, symmetrize, permutations, seed, device, progress)
 
 
 def profile_activations(
@@ -168,7 +179,7 @@ def profile_activations(
     n: int = 500,
     repeats: int = 5,
     seed: int | None = None,
-    metrics: Sequence[Literal["modularity"]] = ("modularity",),
+    metrics: Sequence[Family] = ("modularity",),
     metric: Metric = "cosine",
     symmetrize: Literal["mean", "union", "mutual"] = "mean",
     permutations: int = 20,
@@ -186,7 +197,8 @@ def profile_activations(
     """
     _check_sets(n, repeats, metrics, k)
     order = torch.arange(activations.n, device="cpu") if seed is None else _order(activations.n, seed)
-    return _profile(activations, _sets(order, n, repeats), k, metric, symmetrize, permutations, seed, None, progress)
+    sets = _sets(order, n, repeats)
+    return _profile(activations, sets, k, metrics, metric, symmetrize, permutations, seed, None, progress)
 
 
 def _check_sets(n: int, repeats: int, metrics: Sequence[str], k: int) -> None:
@@ -199,9 +211,9 @@ def _check_sets(n: int, repeats: int, metrics: Sequence[str], k: int) -> None:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if not 1 <= k < n:
         raise ValueError(f"k must satisfy 1 <= k < n, got k = {k} with n = {n} samples per set")
-    unknown = [name for name in metrics if name != "modularity"]
-    if isinstance(metrics, str) or unknown or not metrics:
-        raise ValueError(f"metrics must be a sequence of names from ('modularity',), got {metrics!r}")
+    families = get_args(Family)
+    if isinstance(metrics, str) or not metrics or any(name not in families for name in metrics):
+        raise ValueError(f"metrics must be a sequence of names from {families}, got {metrics!r}")
 
 
 def set_order(data: object, batch_size: int, seed: int) -> Tensor:
@@ -230,6 +242,7 @@ def _profile(
     activations: Activations,
     sets: list[Tensor],
     k: int,
+    metrics: Sequence[Family],
     metric: Metric,
     symmetrize: Literal["mean", "union", "mutual"],
     permutations: int,
@@ -238,7 +251,7 @@ def _profile(
     progress: bool,
 ) -> pd.DataFrame:
     set_labels: list[Tensor] | None = None
-    if activations.labels is not None:
+    if activations.labels is not None and "modularity" in metrics:
         codes, classes = class_codes(activations.labels, activations.n)
         set_labels = [codes[rows] for rows in sets]
         small = ""
@@ -258,6 +271,7 @@ def _profile(
         if small:
             warnings.warn(small, stacklevel=3)
     rows: dict[str, dict[str, float]] = {}
+    previous: list[dict[str, Any]] = [{} for _ in sets]
     for name in tqdm(activations, desc="graphs", unit="layer", disable=not progress, delay=1, leave=False):
         layer = activations[name].reshape(activations.n, -1)
         found = []
@@ -267,11 +281,15 @@ def _profile(
                 graph = knn_graph(x, k, metric=metric, symmetrize=symmetrize)
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
-            found.append(
-                _labelled(x, graph, set_labels[number], permutations, (seed or 0) + number)
-                if set_labels is not None
-                else _unlabelled(graph, seed or 0)
-            )
+            row: dict[str, np.ndarray] = {}
+            if set_labels is not None:
+                row = _labelled(x, graph, set_labels[number], permutations, (seed or 0) + number)
+            elif "modularity" in metrics:
+                row = _unlabelled(graph, seed or 0)
+            prepared = _prepared(x, graph, metrics)
+            row |= _to_previous(previous[number], prepared, (seed or 0) + number)
+            previous[number] = prepared
+            found.append(row | _label_free(graph))
         rows[name] = _summary(found, layer.shape[1])
         del layer, x  # before the next layer is read, which may need the memory
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
@@ -301,7 +319,6 @@ def _labelled(x: Tensor, graph: Graph, labels: Tensor, permutations: int, seed: 
         "null": modularity_null(graph, labels, permutations=permutations, seed=seed).numpy(),
         "ceiling": np.array([modularity_ceiling(graph, labels)]),
         "class_separation": np.array([class_separation(x, labels)]),
-        **_label_free(graph),
     }
 
 
@@ -312,7 +329,6 @@ def _unlabelled(graph: Graph, seed: int) -> dict[str, np.ndarray]:
     return {
         "community_modularity": np.array([found.modularity]),
         "communities": np.array([found.num_communities]),
-        **_label_free(graph),
     }
 
 
@@ -324,6 +340,34 @@ def _label_free(graph: Graph) -> dict[str, np.ndarray]:
     }
 
 
+def _prepared(x: Tensor, graph: Graph, metrics: Sequence[Family]) -> dict[str, Any]:
+    """What the similarity to the previous layer is computed from."""
+    found: dict[str, Any] = {}
+    if "gbs" in metrics:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # isolated nodes have a column of their own
+            found["gbs"] = cast(Measure, gbs).prepare(graph)
+    if "cka" in metrics:
+        found["cka"] = gram(x)
+    return found
+
+
+def _to_previous(previous: dict[str, Any], own: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+    """Similarity to the previous layer, and the same with the samples shuffled; nan for the first layer."""
+    pairs: dict[str, Callable[..., Tensor | float]] = {
+        "gbs": cast(Measure, gbs).pair,
+        "cka": partial(cast(Measure, linear_cka).pair, unbiased=True),
+    }
+    row = {}
+    for name, layer in own.items():
+        both = (np.nan, np.nan)
+        if previous:
+            shuffled = permuted(layer, torch.Generator("cpu").manual_seed(seed))
+            both = float(pairs[name](previous[name], layer)), float(pairs[name](previous[name], shuffled))
+        row[f"{name}_previous"], row[f"{name}_previous_null"] = (np.array([value]) for value in both)
+    return row
+
+
 def _summary(found: list[dict[str, np.ndarray]], features: int) -> dict[str, float]:
     """Mean over the sets, and std where it is a column of its own."""
     row: dict[str, float] = {}
@@ -332,6 +376,6 @@ def _summary(found: list[dict[str, np.ndarray]], features: int) -> dict[str, flo
         if name == "isolated":
             row["features"] = features
         row[name] = float(values.mean())
-        if name in ("modularity", "null", "community_modularity"):
+        if name in ("modularity", "null", "community_modularity", "gbs_previous", "cka_previous"):
             row[f"{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
     return row

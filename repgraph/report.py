@@ -1,8 +1,9 @@
-"""The result of a profile in a folder: table, curve, graph drawings and one page that shows them."""
+"""The result of a profile or a comparison in a folder: tables, figures and one page that shows them."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
@@ -32,6 +33,10 @@ _COLUMNS = {
     "features": "numbers per sample",
     "isolated": "samples without any edge",
     "negative_share": "share of edges of negative weight",
+    "gbs_previous": "graph-based similarity to the previous layer",
+    "gbs_previous_null": "the same with the samples of one layer shuffled",
+    "cka_previous": "unbiased linear CKA to the previous layer",
+    "cka_previous_null": "the same with the samples of one layer shuffled",
 }
 
 
@@ -85,6 +90,64 @@ what moves is what the links moved.</p>
         encoding="utf-8",
     )
     return [csv, curve, drawings, page]
+
+
+def write_comparison(folder: str | Path, tables: Mapping[str, pd.DataFrame], *, title: str) -> list[Path]:
+    """Write <measure>.csv, heatmaps.png, matches.csv and index.html into a folder, which is made if need be.
+
+    Parameters
+    ----------
+    folder
+        Where to write; files of these names are replaced.
+    tables
+        Measure -> table of `between_layers`, all of the same layers.
+    title
+        Heading of the page.
+
+    Returns
+    -------
+    list of Path
+        The files, the page last.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, table in tables.items():
+        files.append(path / f"{name}.csv")
+        table.to_csv(files[-1])
+    picture, matches, page = (path / name for name in ("heatmaps.png", "matches.csv", "index.html"))
+    similar = {name: table for name, table in tables.items() if not table.attrs["distance"]}
+    distances = {name: table for name, table in tables.items() if table.attrs["distance"]}
+    embedded = []
+    for group, file in ((similar, picture), (distances, path / "distances.png")):
+        if group:
+            _save(plot.heatmaps(group, best=True)[0], file)
+            files.append(file)
+            embedded.append(f'<img alt="heat maps of {", ".join(group)}" src="{_embedded(file)}">')
+    best = pd.DataFrame({name: _best_matches(table) for name, table in tables.items()})
+    best.to_csv(matches)
+    settings = "".join(f"<li><b>{name}</b>: {escape(plot.caption(table))}</li>" for name, table in tables.items())
+    numbers = "".join(
+        f'<h2>{name}</h2><div class="scroll">{table.to_html(float_format="{:.3f}".format, border=0)}</div>'
+        for name, table in tables.items()
+    )
+    page.write_text(
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head>
+<body><h1>{escape(title)}</h1><ul>{settings}</ul>
+{"".join(embedded)}<p class="note">A dot marks the best match of each row. Chance is the value with the samples of one
+layer shuffled.</p>
+<h2>Best match of each layer</h2><div class="scroll">{best.to_html(border=0)}</div>{numbers}</body></html>
+""",
+        encoding="utf-8",
+    )
+    return [*files, matches, page]
+
+
+def _best_matches(table: pd.DataFrame) -> pd.Series:
+    """The column of the largest similarity, or the smallest distance, of each row; empty where all are undefined."""
+    known = table.dropna(how="all")
+    return (known.idxmin(axis=1) if table.attrs["distance"] else known.idxmax(axis=1)).reindex(table.index)
 
 
 def _save(ax: Axes, path: Path) -> None:
