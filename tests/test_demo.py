@@ -3,21 +3,37 @@
 from importlib.resources import files
 
 import pandas as pd
+import pytest
 import torch
 from click.testing import CliRunner
 
-from repgraph import layer_names, profile
+from repgraph import between_layers, capture, layer_names, profile
 from repgraph.cli import cli
 from repgraph.demo import digits, digits_resnet
+from repgraph.metrics.similarity import gbs, layer_matching_accuracy
 from repgraph.plot import caption
 
 
-def test_network_is_trained_small_and_deep_enough():
+@pytest.mark.parametrize("seed", [0, 1])
+def test_networks_are_trained_small_and_deep_enough(seed):
     x, y = digits()
-    accuracy = (digits_resnet()(x).argmax(1) == y).float().mean()
+    accuracy = (digits_resnet(seed)(x).argmax(1) == y).float().mean()
     assert accuracy > 0.975
-    assert len(layer_names(digits_resnet())) == 15  # the stem and 14 blocks
-    assert len(files("repgraph.demo").joinpath("digits_resnet.safetensors").read_bytes()) < 500_000
+    assert len(layer_names(digits_resnet(seed))) == 15  # the stem and 14 blocks
+    assert len(files("repgraph.demo").joinpath(f"digits_resnet_{seed}.safetensors").read_bytes()) < 500_000
+
+
+def test_only_two_networks_come_along():
+    with pytest.raises(ValueError, match="seed must be 0 or 1"):
+        digits_resnet(2)
+
+
+def test_gbs_finds_the_corresponding_layer_of_a_network_from_another_seed():
+    a, b = (capture(digits_resnet(seed), digits(), samples=400, progress=False) for seed in (0, 1))
+    table = between_layers(gbs, a, b, progress=False)
+    stage = layer_matching_accuracy(table, group=lambda name: name.split(".")[0])
+    assert stage > 0.8
+    assert table.to_numpy().diagonal().mean() > 10 * table.attrs["chance"]
 
 
 def test_splits_are_disjoint_and_cover_the_digits():

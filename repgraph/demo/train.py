@@ -1,4 +1,4 @@
-"""Trains the demo network and writes its weights: ``python -m repgraph.demo.train`` (about three minutes on a CPU)."""
+"""Trains the two demo networks and writes their weights: ``python -m repgraph.demo.train`` (six minutes on a CPU)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def accuracy(model: DigitsResNet) -> float:
 
 
 if __name__ == "__main__":
-    trained = train()
-    path = Path(__file__).with_name("digits_resnet.safetensors")
-    save_file({name: tensor for name, tensor in trained.state_dict().items() if tensor.is_floating_point()}, path)
-    print(f"{path.name}: {path.stat().st_size} bytes, held-out accuracy {accuracy(trained):.4f}")
+    for seed in (0, 1):
+        trained = train(seed=seed)
+        path = Path(__file__).with_name(f"digits_resnet_{seed}.safetensors")
+        save_file({name: tensor for name, tensor in trained.state_dict().items() if tensor.is_floating_point()}, path)
+        print(f"{path.name}: {path.stat().st_size} bytes, held-out accuracy {accuracy(trained):.4f}")

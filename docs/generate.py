@@ -1,0 +1,63 @@
+"""Writes docs/parity.md and docs/invariances.md from the runs that the tests repeat: ``python docs/generate.py``."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+import invariances as table  # noqa: E402
+from parity import ROWS  # noqa: E402
+
+_PROJECTS = {"bct": "bctpy", "cka": "pytorch-cka", "sklearn": "scikit-learn"}
+
+
+def parity() -> str:
+    """The table of our values beside those of independent packages."""
+    lines = [
+        "# Parity",
+        "",
+        "Values of repgraph beside those of independent packages, on the same data in float64: 60 samples, two layers",
+        "of 8 and 12 features (`tests/parity.py`, whose rows are also tests). Written by `python docs/generate.py`; a",
+        "test fails when this page is stale. Where a package has no such function, its parts make the reference.",
+        "",
+        "| quantity | repgraph | reference | its value | relative difference |",
+        "|---|---:|---|---:|---:|",
+    ]
+    for row in ROWS:
+        own, other = row.ours(), row.reference()
+        packages = ", ".join(_PROJECTS.get(name, name) for name in row.packages)
+        difference = abs(own - other) / abs(other)
+        shown = "0" if difference == 0 else f"{difference:.0e}"
+        lines.append(f"| {row.quantity} | {own:.9g} | {packages} | {other:.9g} | {shown} |")
+    lines += ["", "ripser computes in float32."]
+    return "\n".join(lines) + "\n"
+
+
+def invariances() -> str:
+    """The table of metrics and what they are invariant to."""
+    heads = list(table.CHANGES)
+    lines = [
+        "# What is invariant to what",
+        "",
+        "Every cell is a test (`tests/test_invariances.py`), also the empty ones: there the value changes.",
+        "Written by `python docs/generate.py`; a test fails when this page is stale.",
+        "",
+        *(f"- **{key}**: {text}" for key, (text, _) in table.CHANGES.items()),
+        "",
+        "| of two layers | " + " | ".join(heads) + " |",
+        "|---|" + ":-:|" * len(heads),
+    ]
+    for group, title in ((table.PAIRS, None), (table.LAYERS, "of one layer and labels")):
+        if title:
+            lines += ["", f"| {title} | " + " | ".join(heads) + " |", "|---|" + ":-:|" * len(heads)]
+        for name in group:
+            cells = ["yes" if table.invariant(name, change) else "" for change in heads]
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    for name, page in (("parity.md", parity()), ("invariances.md", invariances())):
+        (HERE / name).write_text(page, encoding="utf-8")
+        print(f"wrote {HERE / name}")

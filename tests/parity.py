@@ -1,0 +1,271 @@
+"""What repgraph computes beside what independent packages compute: the rows of docs/parity.md, each also a test.
+
+Every row is a quantity, our value, the packages behind the reference value, and a function that computes it with them.
+Data: 60 samples, float64, the second layer a noisy nonlinear image of the first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+import scipy.linalg
+import scipy.spatial
+import torch
+from sklearn.metrics.pairwise import cosine_similarity, paired_cosine_distances, rbf_kernel
+from sklearn.neighbors import NearestNeighbors, kneighbors_graph, radius_neighbors_graph
+
+import repgraph
+from repgraph.metrics import similarity as ours
+
+
+def samples(n: int = 60, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two layers (n, 8) and (n, 12), and labels in three classes."""
+    generator = np.random.default_rng(seed)
+    y = np.arange(n) % 3
+    a = generator.normal(size=(n, 8)) + 0.7 * generator.normal(size=(3, 8))[y] + 0.3
+    b = np.maximum(a @ generator.normal(size=(8, 12)), 0) + 0.3 * generator.normal(size=(n, 12))
+    return torch.from_numpy(a), torch.from_numpy(b), torch.from_numpy(y)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the parity table."""
+
+    quantity: str
+    ours: Callable[[], float]
+    packages: tuple[str, ...]
+    """Import names; a package that is absent skips the row's test."""
+    reference: Callable[[], float]
+
+    @property
+    def name(self) -> str:
+        """The packages as the table names them."""
+        return ", ".join(self.packages)
+
+
+X, Y, LABELS = samples()
+A, B = X.numpy(), Y.numpy()
+N = len(A)
+
+
+def _classes():
+    return [set(np.flatnonzero(LABELS.numpy() == c).tolist()) for c in range(3)]
+
+
+def _cosine_graph(x, k):
+    """Directed adjacency of the k nearest by cosine, from scikit-learn."""
+    graph = kneighbors_graph(x, k, mode="distance", metric="cosine")
+    graph.data = 1 - graph.data
+    return graph
+
+
+def _symmetric(x, k):
+    graph = _cosine_graph(x, k)
+    return (graph + graph.T) / 2
+
+
+def _igraph_modularity():
+    import igraph
+
+    graph = nx.from_scipy_sparse_array(_symmetric(A, 3))
+    converted = igraph.Graph.from_networkx(graph)
+    return converted.modularity(LABELS.tolist(), weights="weight")
+
+
+def _bct_modularity():
+    import bct
+
+    dense = repgraph.threshold_graph(X, -1.0).to_scipy().toarray()
+    return float(bct.modularity_louvain_und_sign(dense, qtype="gja", seed=0)[1])
+
+
+def _bct_ours():
+    import bct
+
+    graph = repgraph.threshold_graph(X, -1.0)
+    found = bct.modularity_louvain_und_sign(graph.to_scipy().toarray(), qtype="gja", seed=0)[0]
+    return repgraph.modularity(graph, found, negative="signed")
+
+
+def _class_separation():
+    distance = scipy.spatial.distance.cdist(A, A, "cosine")
+    y = LABELS.numpy()
+    between = np.array([[distance[np.ix_(y == a, y == b)].mean() for b in range(3)] for a in range(3)])
+    return 1 - between.diagonal().mean() / between.mean()
+
+
+def _knn(x, k, metric):
+    distance, index = NearestNeighbors(n_neighbors=k, metric=metric).fit(x).kneighbors()
+    return distance, index
+
+
+def _cka(**options):
+    from ckatorch.core import cka_base
+
+    return float(cka_base(X, Y, **options))
+
+
+def _hsic(kernel_a, kernel_b, unbiased):
+    from ckatorch.hsic import hsic0, hsic1
+
+    a, b = torch.from_numpy(kernel_a), torch.from_numpy(kernel_b)
+    return float(hsic1(a[None], b[None])[0]) if unbiased else float(hsic0(a, b))
+
+
+def _pytorch_cka():
+    from cka import cka_from_features
+
+    return float(cka_from_features([X], [Y])[0, 0])
+
+
+def _rbf():
+    kernels = []
+    for x in (A, B):
+        distance = scipy.spatial.distance.pdist(x, "sqeuclidean")
+        kernels.append(rbf_kernel(x, gamma=1 / (2 * np.median(distance))))
+    a, b = kernels
+    return _hsic(a, b, False) / (_hsic(a, a, False) * _hsic(b, b, False)) ** 0.5
+
+
+def _minibatch():
+    from ckatorch.core import cka_batch
+
+    return float(cka_batch(X.reshape(4, 15, 8), Y.reshape(4, 15, 12)))
+
+
+def _nuclear():
+    wide = np.pad(A, ((0, 0), (0, 4)))
+    return (1 - scipy.spatial.procrustes(wide, B)[2]) ** 0.5
+
+
+def _mean_rho():
+    bases = [x - x.mean(0) for x in (A, B)]
+    return float(np.cos(scipy.linalg.subspace_angles(*bases)).mean())
+
+
+def _svcca():
+    kept = []
+    for x in (A, B):
+        u, s, _ = scipy.linalg.svd(x - x.mean(0), full_matrices=False)
+        kept.append(u[:, : int(np.searchsorted(np.cumsum(s**2) / (s**2).sum(), 0.99)) + 1])
+    return float(np.cos(scipy.linalg.subspace_angles(*kept)).mean())
+
+
+def _rsa(method, compare_by):
+    from rsatoolbox.data import Dataset
+    from rsatoolbox.rdm import calc_rdm, compare
+
+    rdms = [calc_rdm(Dataset(x), method=method) for x in (A, B)]
+    return float(compare(*rdms, method=compare_by)[0, 0])
+
+
+def _gbs(k):
+    a, b = (_symmetric(x, k).toarray() for x in (A, B))
+    return float(1 - paired_cosine_distances(a, b).mean())
+
+
+def _dense_gbs():
+    grams = [cosine_similarity(x) for x in (A, B)]
+    for matrix in grams:
+        np.fill_diagonal(matrix, 0)
+    return float(1 - paired_cosine_distances(*grams).mean())
+
+
+def _mutual_knn(k):
+    neighbors = [_knn(x, k, "cosine")[1] for x in (A, B)]
+    return float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(*neighbors, strict=True)]) / k)
+
+
+def _cknna(k):
+    kernels = [A @ A.T, B @ B.T]
+    masks = []
+    for kernel in kernels:
+        kernel = kernel.copy()
+        np.fill_diagonal(kernel, -np.inf)
+        mask = np.zeros_like(kernel)
+        np.put_along_axis(mask, np.argsort(-kernel, axis=1)[:, :k], 1, axis=1)
+        masks.append(mask)
+
+    def aligned(i, j):
+        mask = masks[i] * masks[j]
+        return _hsic(mask * kernels[i], mask * kernels[j], True)
+
+    return aligned(0, 1) / (aligned(0, 0) * aligned(1, 1)) ** 0.5
+
+
+def _rtd():
+    from ripser import ripser
+
+    distances = [scipy.spatial.distance.squareform(scipy.spatial.distance.pdist(x)) for x in (A, B)]
+    a, b = (matrix / np.quantile(matrix, 0.9) for matrix in distances)
+
+    def length(r1, r2):
+        matrix = np.block([[np.zeros_like(r1), r1], [r1, np.minimum(r1, r2)]])
+        bars = ripser(matrix, maxdim=1, distance_matrix=True)["dgms"][1]
+        return (bars[:, 1] - bars[:, 0]).sum()
+
+    return float(length(a, b) + length(b, a)) / 2
+
+
+def _triangles():
+    return sum(nx.triangles(nx.from_scipy_sparse_array(_symmetric(A, 5))).values()) / 3
+
+
+def _type1():
+    graph = nx.from_scipy_sparse_array(_symmetric(A, 5))
+    return sum(sum(nx.triangles(graph.subgraph(nodes)).values()) / 3 for nodes in _classes())
+
+
+def _graph(x=X, k=3, symmetrize="mean"):
+    return repgraph.knn_graph(x, k, symmetrize=symmetrize)
+
+
+ROWS = [
+    Row("modularity, k = 3", lambda: repgraph.modularity(_graph(), LABELS), ("sklearn", "networkx"),
+        lambda: nx.community.modularity(nx.from_scipy_sparse_array(_symmetric(A, 3)), _classes())),
+    Row("modularity, k = 3", lambda: repgraph.modularity(_graph(), LABELS), ("sklearn", "igraph"), _igraph_modularity),
+    Row("modularity, resolution 0.5", lambda: repgraph.modularity(_graph(), LABELS, resolution=0.5),
+        ("sklearn", "networkx"),
+        lambda: nx.community.modularity(nx.from_scipy_sparse_array(_symmetric(A, 3)), _classes(), resolution=0.5)),
+    Row("signed modularity, all cosines", _bct_ours, ("bct",), _bct_modularity),
+    Row("label agreement, union graph", lambda: repgraph.label_agreement(_graph(symmetrize="union"), LABELS),
+        ("sklearn", "networkx"),
+        lambda: nx.community.modularity(
+            nx.from_scipy_sparse_array(_cosine_graph(A, 3).maximum(_cosine_graph(A, 3).T)), _classes(), resolution=0)),
+    Row("class separation", lambda: repgraph.class_separation(X, LABELS), ("scipy",), _class_separation),
+    Row("mean cosine to 5 nearest", lambda: float(repgraph.graph.knn(X, 5)[0].mean()), ("sklearn",),
+        lambda: float(1 - _knn(A, 5, "cosine")[0].mean())),
+    Row("mean distance to 5 nearest", lambda: float(repgraph.graph.knn(X, 5, metric="euclidean")[0].mean()),
+        ("sklearn",), lambda: float(_knn(A, 5, "euclidean")[0].mean())),
+    Row("edges within distance 3", lambda: float(repgraph.threshold_graph(X, 3.0, metric="euclidean").num_edges),
+        ("sklearn",), lambda: radius_neighbors_graph(A, 3.0).nnz / 2),
+    Row("GBS, k = 5", lambda: ours.gbs(X, Y), ("sklearn",), lambda: _gbs(5)),
+    Row("GBS, dense", lambda: ours.gbs(X, Y, k=None), ("sklearn",), _dense_gbs),
+    Row("mutual kNN, k = 10", lambda: ours.mutual_knn(X, Y), ("sklearn",), lambda: _mutual_knn(10)),
+    Row("CKNNA, k = 10", lambda: ours.cknna(X, Y), ("ckatorch",), lambda: _cknna(10)),
+    Row("linear CKA", lambda: ours.linear_cka(X, Y), ("ckatorch",), _cka),
+    Row("unbiased linear CKA", lambda: ours.linear_cka(X, Y, unbiased=True), ("ckatorch",),
+        lambda: _cka(unbiased=True, method="fro_norm")),
+    Row("unbiased linear CKA", lambda: ours.linear_cka(X, Y, unbiased=True), ("cka",), _pytorch_cka),
+    Row("unbiased HSIC", lambda: ours.hsic(X, Y), ("ckatorch",), lambda: _hsic(A @ A.T, B @ B.T, True)),
+    Row("biased HSIC", lambda: ours.hsic(X, Y, unbiased=False), ("ckatorch",),
+        lambda: _hsic(A @ A.T, B @ B.T, False)),
+    Row("Gaussian CKA", lambda: ours.rbf_cka(X, Y), ("sklearn", "ckatorch"), _rbf),
+    Row("minibatch CKA, 4 x 15", lambda: ours.minibatch_cka(X, Y, batch_size=15), ("ckatorch",), _minibatch),
+    Row("Procrustes, angular", lambda: ours.procrustes(X, Y), ("scipy",), lambda: float(np.arccos(_nuclear()))),
+    Row("Procrustes, Ding", lambda: ours.procrustes(X, Y, kind="ding"), ("scipy",), lambda: 2 - 2 * _nuclear()),
+    Row("CCA, mean correlation", lambda: ours.svcca(X, Y, variance=1), ("scipy",), _mean_rho),
+    Row("SVCCA, 99% of variance", lambda: ours.svcca(X, Y), ("scipy",), _svcca),
+    Row("RSA, Euclidean, Spearman", lambda: ours.rsa(X, Y), ("rsatoolbox",), lambda: _rsa("euclidean", "spearman")),
+    Row("RSA, squared Euclidean, Pearson", lambda: ours.rsa(X, Y, rdm="sqeuclidean", compare="pearson"),
+        ("rsatoolbox",), lambda: _rsa("euclidean", "corr")),
+    Row("RSA, correlation, Spearman", lambda: ours.rsa(X, Y, rdm="correlation"), ("rsatoolbox",),
+        lambda: _rsa("correlation", "spearman")),
+    Row("RSA, squared Euclidean, cosine", lambda: ours.rsa(X, Y, rdm="sqeuclidean", compare="cosine"),
+        ("rsatoolbox",), lambda: _rsa("euclidean", "cosine")),
+    Row("RTD", lambda: ours.rtd(X, Y), ("ripser",), _rtd),
+    Row("triangles, k = 5", lambda: float(sum(ours.triangle_motifs(_graph(k=5), LABELS))), ("networkx",), _triangles),
+    Row("triangles of one class, k = 5", lambda: float(ours.triangle_motifs(_graph(k=5), LABELS).type1),
+        ("networkx",), _type1),
+]  # fmt: skip
