@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy.spatial.distance import cdist
+from torch._subclasses import FakeTensorMode
 
 from repgraph import Graph, Partition, communities, knn_graph, modularity, threshold_graph
+from repgraph.graph import _linked
 
 ROWS = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-5 / 13, 12 / 13]], dtype=torch.float64)
 
@@ -542,3 +544,11 @@ def test_layout_takes_negative_and_directed_edges():
 def test_layout_refuses_a_start_of_another_shape():
     with pytest.raises(ValueError, match=r"start must have shape \(6, 2\), got \(6, 3\)"):
         triangles().layout(start=np.zeros((6, 3)))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_kernel_of_the_threshold_graph_stays_on_cuda(metric):
+    with FakeTensorMode():
+        similarities, linked = _linked(torch.empty(40, 6, device="cuda"), 8, 24, 0.5, metric)
+        assert (similarities.device.type, similarities.shape) == ("cuda", (16, 40))
+        assert (linked.device.type, linked.shape, linked.dtype) == ("cuda", (16, 40), torch.bool)

@@ -70,7 +70,9 @@ def check_same_kind(a: Rows, b: Rows) -> None:
             raise ValueError(f"graphs must be made in the same way, got {made[0]} against {made[1]}")
 
 
-def _rows(x: Tensor | Graph | Rows, k: int | None = 5, symmetrize: Symmetrize = "mean", weighted: bool = True) -> Rows:
+def _rows(
+    x: Tensor | Graph | Rows, k: int | None = 5, symmetrize: Symmetrize | None = "mean", weighted: bool = True
+) -> Rows:
     if isinstance(x, Rows):
         return x
     if isinstance(x, Tensor):
@@ -84,7 +86,7 @@ def _rows(x: Tensor | Graph | Rows, k: int | None = 5, symmetrize: Symmetrize = 
                     stacklevel=2,
                 )
             return _checked(Rows(len(x), None, _dense(x), {"k": None, "weighted": weighted}))
-        x = knn_graph(x, k, symmetrize=symmetrize)
+        x = knn_graph(x, k, symmetrize=symmetrize or "none")
     a = x.adjacency
     row = np.repeat(np.arange(x.n), np.diff(a.indptr))
     stored = a.data != 0
@@ -140,7 +142,7 @@ def gbs(
     y: Tensor | Graph,
     k: int | None = 5,
     *,
-    symmetrize: Symmetrize = "mean",
+    symmetrize: Symmetrize | None = "mean",
     weighted: bool = True,
     empty: Empty = "zero",
 ) -> float:
@@ -157,7 +159,8 @@ def gbs(
         Neighbours per sample of the graphs that are built from features. None links all pairs, which says little on
         non-negative features (independent absolute Gaussians: 0.99).
     symmetrize
-        As in `knn_graph`, for features: "mean" (default) as the authors' motif code, "none" for directed graphs.
+        As in `knn_graph`, for features: "mean" (default) as the authors' motif code, "none" or None for directed
+        graphs.
     weighted
         False sets all non-zero weights to 1.
     empty
@@ -210,7 +213,7 @@ def gbs_per_sample(
     y: Tensor | Graph,
     k: int | None = 5,
     *,
-    symmetrize: Symmetrize = "mean",
+    symmetrize: Symmetrize | None = "mean",
     weighted: bool = True,
 ) -> Tensor:
     """GBS of every sample: how far its neighbours and their weights agree between two layers; the mean is `gbs`.

@@ -163,21 +163,30 @@ def principal_components(x: Tensor | Gram) -> tuple[Tensor, Tensor]:
     r is the rank: what is smaller than the rounding of the features or of their Gram matrix is left out.
     """
     if isinstance(x, Tensor) and x[:1].numel() < len(x):
-        z = as_samples(x).double()
-        z = z / z.abs().amax().clamp_min(torch.finfo(z.dtype).tiny)
-        mean = z.mean(0)
-        vectors, values, _ = torch.linalg.svd(z - mean, full_matrices=False)
-        least = 16 * torch.finfo(z.dtype).eps * (values[0] + len(z) ** 0.5 * mean.norm())
+        vectors, values, least = _components(as_samples(x))
     else:
         g = gram(x, dtype=torch.float64) if isinstance(x, Tensor) else x
         if g.kernel != "linear":
             raise ValueError(f"Gram matrix must have a linear kernel, got {g.kernel}")
-        squares, vectors = torch.linalg.eigh(g.off.double() + g.diagonal.diag())
-        squares, vectors = squares.flip(0), vectors.flip(1)
-        least = (squares[0].clamp_min(0) * g.n * torch.finfo(g.off.dtype).eps).sqrt()
-        values = squares.clamp_min(0).sqrt()
+        vectors, values, least = _components_of_gram(g.off, g.diagonal)
     rank = int((values > least).sum())
     return vectors[:, :rank], values[:rank]
+
+
+def _components(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Left singular vectors and values of the centred rows of x (n, d), and the size of their rounding."""
+    z = x.double() / x.abs().amax().double().clamp_min(torch.finfo(torch.float64).tiny)
+    mean = z.mean(0)
+    vectors, values, _ = torch.linalg.svd(z - mean, full_matrices=False)
+    return vectors, values, 16 * torch.finfo(z.dtype).eps * (values[0] + len(z) ** 0.5 * mean.norm())
+
+
+def _components_of_gram(off: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_components`, from a centred Gram matrix."""
+    squares, vectors = torch.linalg.eigh(off.double() + diagonal.diag())
+    squares = squares.flip(0).clamp_min(0)
+    least = squares[0] * len(off) * torch.finfo(off.dtype).eps
+    return vectors.flip(1), squares.sqrt(), least.sqrt()
 
 
 def squared_distances(g: Gram) -> Tensor:

@@ -10,10 +10,11 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 
 def layer_matching_accuracy(
-    table: pd.DataFrame,
+    table: pd.DataFrame | Tensor | np.ndarray,
     *,
     group: Callable[[str], object] | None = None,
     best: Literal["largest", "smallest"] | None = None,
@@ -26,7 +27,7 @@ def layer_matching_accuracy(
     Parameters
     ----------
     table
-        Layers of one network by layers of the other, of `between_layers` with any measure.
+        Layers of one network by layers of the other, of `between_layers` with any measure, or a plain matrix.
     group
         Layer name -> stage, for networks of different depth, as ``lambda name: name.split(".")[0]``. Without it the
         table must be square.
@@ -61,6 +62,7 @@ def layer_matching_accuracy(
     """
     if best not in (None, "largest", "smallest"):
         raise ValueError(f"best must be 'largest' or 'smallest', got {best!r}")
+    table = table if isinstance(table, pd.DataFrame) else pd.DataFrame(np.asarray(table))
     values = table.to_numpy(float)
     if np.isnan(values).any():
         row, column = np.argwhere(np.isnan(values))[0]

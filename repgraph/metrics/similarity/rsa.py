@@ -141,7 +141,8 @@ def rsa(x: Tensor | Gram, y: Tensor | Gram, *, rdm: Rdm = "euclidean", compare: 
     Invariances are those of the dissimilarity: Euclidean to orthogonal maps, isotropic scaling and translation;
     correlation to a positive scale per sample and an offset that all features share; cosine to orthogonal maps and a
     scale per sample. Tied ranks are averaged; two dissimilarities tie when they differ by less than 2^-40 of the
-    largest, 2^-20 in float32. Euclidean distances come from the Gram matrix and have its precision.
+    largest, 2^-20 in float32. Euclidean distances come from the Gram matrix and have its precision. Memory: n^2 / 2
+    numbers a layer, and about 30 n^2 bytes while they are ranked.
 
     References
     ----------
