@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from repgraph.activations import Activations, capture
 from repgraph.activations.forward import Forward
 from repgraph.activations.layers import Select
 from repgraph.activations.pairing import check_paired
-from repgraph.metrics.similarity.measure import Measure, named
+from repgraph.metrics.similarity.measure import Measure, named, tell
 from repgraph.metrics.similarity.minibatch import BatchGram, BatchGrams, minibatch_cka
 from repgraph.metrics.similarity.null import can_permute, permuted
 
@@ -100,7 +100,7 @@ def between_layers(
 
     Notes
     -----
-    Measures of repgraph are symmetric, so one half of a's own table is computed.
+    One half of a's own table is computed where the measure is symmetric, as all of ours but CKNNA are.
 
     Examples
     --------
@@ -254,7 +254,7 @@ def stream_cka(
         Samples per Gram matrix and, where the data come unbatched, per forward pass. Smaller batches of a loader are
         taken as they come, larger ones split; of fewer than 4 samples nothing can be estimated, they are left out.
     reduce
-        Applied to a layer's output first, for example to pool it.
+        Function applied to a layer's output first, for example to pool it: ``lambda x: x.flatten(2).mean(2)``.
     forward, samples, memory, progress
         As in `capture`.
 
@@ -275,9 +275,11 @@ def stream_cka(
     >>> table.shape, round(float(table.loc["0", "0"]), 6)
     ((3, 3), 1.0)
     """
-    if batch_size < 4:
-        raise ValueError(f"batch_size must be at least 4, got {batch_size}")
     grams = BatchGram(batch_size)
+    if reduce is not None and not callable(reduce):
+        raise ValueError(f"reduce must be a function of a layer's output, got {reduce!r}")
+    if other is not None and isinstance(data, Iterator):
+        data = list(data)  # the second model needs it again
 
     def rows(x: Tensor) -> Tensor:
         return grams(x if reduce is None else reduce(x))
@@ -297,8 +299,9 @@ def stream_cka(
 
     a = captured(model, layers)
     b = None if other is None else captured(other, layers if other_layers is None else other_layers)
-    table = between_layers(minibatch_cka, a, b, prepare=BatchGrams, permutations=0, progress=progress)
+    table = between_layers(minibatch_cka, a, b, prepare=BatchGrams.of_rows, permutations=0, progress=progress)
     table.attrs["batch_size"] = batch_size
+    table.attrs["reduce"] = None if reduce is None else getattr(reduce, "__name__", "function")
     return table
 
 
@@ -310,6 +313,8 @@ def _name(similarity: Similarity) -> str:
 def _resolved(
     key: str, similarity: Similarity, prepare: Callable[..., object] | None, options: Mapping[str, object]
 ) -> _Measure:
+    if not callable(similarity):
+        raise TypeError(f"{key} must be a measure of two layers, got {similarity!r}")
     if isinstance(similarity, functools.partial):
         if similarity.args:
             raise ValueError(f"{key}: options of a partial must go by keyword, got {similarity.args!r}")
@@ -333,7 +338,7 @@ def _resolved(
         base=own.base if prepare is None and not for_prepare else None,
         pair=functools.partial(own.pair, **for_pair),
         distance=own.distance,
-        symmetric=True,
+        symmetric=own.symmetric,
         settings=known | dict(options),
     )
 
@@ -355,10 +360,10 @@ def _tables(
         left, right = rows[key], rows[key] if columns is None else columns[key]
         entries = _entries(measure, left, right, columns is None and measure.symmetric)
         table = tables[key] = _labelled(entries, measure, left, right, a, b, names)
-        _tell_undefined(table)
+        _tell_undefined(table, measure, left | right)
         draws = _chance(measure, list(left.values()), list(right.values()), min(permutations, table.size), seed)
         if draws:
-            table.attrs.update(chance=float(np.nanmean(draws)), chance_std=float(np.nanstd(draws)))
+            table.attrs.update(chance=float(np.mean(draws)), chance_std=float(np.std(draws)))
     return tables
 
 
@@ -415,7 +420,13 @@ def _prepared(
 
 
 def _n(layer: object) -> int:
-    return len(layer) if isinstance(layer, Tensor) else int(layer.n)  # type: ignore[attr-defined]
+    """Number of samples of a prepared layer."""
+    n = getattr(layer, "n", None)
+    if n is None and isinstance(layer, Sized) and getattr(layer, "ndim", 1) > 0:
+        n = len(layer)
+    if not isinstance(n, int):
+        raise ValueError(f"a layer must have one entry per sample, or n, once prepared, got {type(layer).__name__}")
+    return n
 
 
 def _entries(measure: _Measure, left: Mapping[str, object], right: Mapping[str, object], half: bool) -> np.ndarray:
@@ -441,6 +452,8 @@ def _labelled(
     names: tuple[str, str] | None,
 ) -> pd.DataFrame:
     table = pd.DataFrame(entries, index=list(left), columns=list(right))
+    if names is not None and (isinstance(names, str) or len(names) != 2):
+        raise ValueError(f"names must be two, one for each axis, got {names!r}")
     if names is None:
         own, other = (str(getattr(item, "settings", {}).get("model", "")) for item in (a, b))
         if b is None:
@@ -460,16 +473,12 @@ def _labelled(
     return table
 
 
-def _tell_undefined(table: pd.DataFrame) -> None:
-    undefined = table.isna()
-    if not undefined.any(axis=None):
+def _tell_undefined(table: pd.DataFrame, measure: _Measure, layers: Mapping[str, object]) -> None:
+    if not table.isna().any(axis=None):
         return
-    layers = [*table.index[undefined.all(axis=1)], *table.columns[undefined.all(axis=0)]]
-    some = f"for the layers {', '.join(map(repr, dict.fromkeys(layers)))}" if layers else "for some pairs"
-    warnings.warn(
-        f"{table.attrs['measure']} is undefined (nan) {some}: their features are constant, or the samples too few",
-        stacklevel=4,
-    )
+    own = [repr(name) for name, layer in layers.items() if math.isnan(measure.pair(layer, layer))]
+    some = f"for the layers {', '.join(own)}" if own else "for some pairs"
+    tell(f"{measure.name} is undefined (nan) {some}: their features are constant, or the samples too few")
 
 
 def _chance(measure: _Measure, left: list[object], right: list[object], draws: int, seed: int) -> list[float]:
@@ -481,4 +490,4 @@ def _chance(measure: _Measure, left: list[object], right: list[object], draws: i
         if not can_permute(other):
             return []
         found.append(float(measure.pair(one, permuted(other, torch.Generator("cpu").manual_seed(seed + draw)))))
-    return found
+    return [value for value in found if not math.isnan(value)]

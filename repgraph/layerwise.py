@@ -211,6 +211,8 @@ def _check_sets(n: int, repeats: int, metrics: Sequence[str], k: int) -> None:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if not 1 <= k < n:
         raise ValueError(f"k must satisfy 1 <= k < n, got k = {k} with n = {n} samples per set")
+    if "cka" in metrics and n < 4:
+        raise ValueError(f"n must be at least 4 samples per set for unbiased CKA, got {n}")
     families = get_args(Family)
     if isinstance(metrics, str) or not metrics or any(name not in families for name in metrics):
         raise ValueError(f"metrics must be a sequence of names from {families}, got {metrics!r}")
@@ -294,6 +296,9 @@ def _profile(
         del layer, x  # before the next layer is read, which may need the memory
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
     table = table.astype({"features": int})
+    for column in ("gbs_previous", "cka_previous"):
+        if column in table and len(undefined := table.index[1:][table[column].iloc[1:].isna()]):
+            warnings.warn(f"{column} is undefined (nan) at {', '.join(undefined)}: constant features", stacklevel=3)
     table.attrs = {
         **{str(key): value for key, value in activations.settings.items()},
         "k": k,

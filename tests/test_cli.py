@@ -1,7 +1,10 @@
 """The commands do what the functions do, and every mistake is one clear line and exit code 2."""
 
+import base64
+import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,8 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from repgraph import profile
+from repgraph import capture, compare_layers, plot, profile
 from repgraph.loading import ImageFolder, load_data, load_model
+from repgraph.metrics.similarity import gbs, linear_cka, mutual_knn
 
 MODEL = """
 import torch
@@ -121,6 +125,18 @@ MISTAKES = {
     "unknown command": (["profil"], "No such command 'profil'"),
     "unknown option": (["demo", "--outt", "x"], "No such option"),
     "sorted by class": (["profile", "mine.py:net", "sorted.npz", "--n", "20", "--repeats", "2"], "pass seed="),
+    "unknown metric": (
+        ["profile", "mine.py:net", "data.npz", "--metrics", "gbs,cca"],
+        "'gbs', 'cka'), got",
+    ),
+    "unknown measure": (
+        ["compare", "mine.py:net", "mine.py:net", "data.npz", "--measure", "gbs,cca"],
+        "--measure must be of gbs, cka, biased_cka, rbf_cka, mutual_knn, cknna, procrustes, rsa, svcca, rtd, got 'cca'",
+    ),
+    "no second model": (
+        ["compare", "mine.py:net", "mine.py:nett", "data.npz"],
+        "MODEL mine.py:nett: mine.py has no callable 'nett'",
+    ),
 }
 
 
@@ -190,3 +206,113 @@ def test_npz_of_8_bit_images_becomes_channels_first_in_unit_range(here):
     assert x.shape == (5, 3, 8, 8)
     assert (x == 1).all()
     assert list(y) == list("abcab")
+
+
+def call(monkeypatch, *arguments):
+    """The command in this process."""
+    from repgraph.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["repgraph", *map(str, arguments)])
+    main()
+
+
+def expected_tables(measures, *, samples=40, **options):
+    """What the functions give for the two models of the comparisons below."""
+    a, b = (
+        capture(load_model("mine.py:net", None, arguments), load_data("data.npz"), samples=samples, progress=False)
+        for arguments in ([], ["width=6"])
+    )
+    return compare_layers(measures, a, b, progress=False, **options)
+
+
+def read_table(path):
+    table = pd.read_csv(path, index_col=0)
+    return table.set_axis(table.index.astype(str), axis=0)
+
+
+def assert_values(found, expected):
+    assert (found.index.tolist(), found.columns.tolist()) == (expected.index.tolist(), expected.columns.tolist())
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+TWO = ["compare", "mine.py:net", "mine.py:net", "data.npz", "--arg-b", "width=6"]
+
+
+def test_compare_command_gives_the_tables_of_the_function(here, monkeypatch, capsys):
+    call(monkeypatch, *TWO, "--n", 30, "--name-a", "four", "--name-b", "six", "--out", "out")
+    printed = capsys.readouterr().out
+    tables = expected_tables({"gbs": gbs, "cka": partial(linear_cka, unbiased=True)}, samples=30)
+    for name, expected in tables.items():
+        found = read_table(here / f"out/{name}.csv")
+        assert_values(found, expected)
+        assert found.index.name == "four"
+        assert f"{name}: {plot.caption(expected)}" in printed
+    names = ["gbs.csv", "cka.csv", "heatmaps.png", "matches.csv", "index.html"]
+    assert sorted(path.name for path in (here / "out").iterdir()) == sorted(names)
+    assert printed.splitlines()[-1] == "wrote " + ", ".join(f"out/{name}" for name in names)
+    matches = pd.read_csv(here / "out/matches.csv", index_col=0, dtype=str)
+    assert matches.to_dict("list") == {name: table.idxmax(axis=1).tolist() for name, table in tables.items()}
+
+
+def test_comparison_page_shows_figure_tables_and_names(here, monkeypatch):
+    call(monkeypatch, *TWO, "--measure", "mutual_knn", "--name-b", "<six>", "--out", "out")
+    page = (here / "out/index.html").read_text()
+    picture = here / "out/heatmaps.png"
+    assert Image.open(picture).format == "PNG"
+    assert base64.b64encode(picture.read_bytes()).decode() in page
+    assert "<h1>a: mine.py:net against &lt;six&gt; on data.npz</h1>" in page
+    assert "<six>" not in page
+    (expected,) = expected_tables([mutual_knn]).values()
+    assert plot.caption(expected) in page
+    numbers = page.split("<h2>mutual_knn</h2>")[1]
+    assert re.findall(r"<td>(.*?)</td>", numbers) == [f"{value:.3f}" for value in expected.to_numpy().ravel()]
+    assert [f"<th>{name}</th>" in numbers for name in ("a: mine.py:net", "&lt;six&gt;")] == [True, True]
+
+
+def test_compare_command_draws_its_samples_by_seed(here, monkeypatch):
+    tables = {}
+    for out, options in (("first", []), ("seeded", ["--seed", 3]), ("again", ["--seed", 3]), ("other", ["--seed", 4])):
+        call(monkeypatch, *TWO, "--measure", "gbs", "--n", 20, *options, "--out", out)
+        tables[out] = read_table(here / out / "gbs.csv")
+    samples = torch.randperm(40, generator=torch.Generator().manual_seed(3))[:20]
+    assert_values(tables["seeded"], expected_tables([gbs], samples=samples)["gbs"])
+    assert_values(tables["first"], expected_tables([gbs], samples=20)["gbs"])
+    assert tables["seeded"].equals(tables["again"])
+    assert not tables["seeded"].equals(tables["other"])
+
+
+def test_compare_command_draws_distances_apart(here, monkeypatch):
+    call(monkeypatch, *TWO, "--measure", "procrustes, gbs", "--reduce", "mean", "--out", "out")
+    assert all((here / "out" / name).is_file() for name in ("procrustes.csv", "gbs.csv", "heatmaps.png"))
+    assert Image.open(here / "out/distances.png").format == "PNG"
+    table = read_table(here / "out/procrustes.csv")
+    matches = pd.read_csv(here / "out/matches.csv", index_col=0, dtype=str)
+    assert matches["procrustes"].tolist() == table.idxmin(axis=1).tolist()
+    call(monkeypatch, *TWO, "--measure", "procrustes", "--out", "alone")
+    names = ["distances.png", "index.html", "matches.csv", "procrustes.csv"]
+    assert sorted(path.name for path in (here / "alone").iterdir()) == names
+
+
+def test_compare_command_takes_weights_and_layers_of_each_model(here, monkeypatch):
+    state = {name: value * 0.5 + 0.1 for name, value in load_model("mine.py:net").state_dict().items()}
+    save_file(state, here / "w.safetensors")
+    both = ["--weights-a", "w.safetensors", "--weights-b", "w.safetensors"]
+    options = ["--measure", "cka", "--layers", "0", "--layers-b", "leaves"]
+    for out, weights in (("same", both), ("trained", both[:2])):
+        call(monkeypatch, "compare", "mine.py:net", "mine.py:net", "data.npz", *weights, *options, "--out", out)
+    same, trained = (read_table(here / out / "cka.csv") for out in ("same", "trained"))
+    assert (same.index.tolist(), same.columns.tolist()) == (["0"], ["0", "1", "2"])
+    assert same.loc["0", "0"] == pytest.approx(1)
+    assert trained.loc["0", "0"] < 0.9999
+
+
+def test_profile_command_adds_the_similarity_to_the_previous_layer(here, monkeypatch):
+    options = ["--metrics", "modularity, gbs", "--n", 20, "--repeats", 2, "--out", "out"]
+    call(monkeypatch, "profile", "mine.py:net", "data.npz", *options)
+    table = pd.read_csv(here / "out/profile.csv", index_col="layer", dtype={"layer": str})
+    model, data = load_model("mine.py:net"), load_data("data.npz")
+    expected = profile(model, data, n=20, repeats=2, metrics=("modularity", "gbs"), progress=False)
+    pd.testing.assert_frame_equal(table, expected, check_dtype=False)
+    assert np.isnan(table.loc["0", "gbs_previous"])
+    assert 0 < table.loc["2", "gbs_previous"] < 1
+    assert "graph-based similarity to the previous layer" in (here / "out/index.html").read_text()

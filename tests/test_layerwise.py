@@ -1,5 +1,7 @@
 """The table over all layers: its columns, its sets, its settings."""
 
+from itertools import pairwise
+
 import networkx as nx
 import numpy as np
 import pandas as pd
@@ -8,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from repgraph import Activations, apply_layers, capture, profile, profile_activations
+from repgraph import Activations, apply_layers, capture, knn_graph, profile, profile_activations
+from repgraph.metrics.similarity import gbs, linear_cka
 
 COLUMNS = [
     "modularity",
@@ -390,3 +393,93 @@ def test_apply_layers_takes_activations_and_other_items(model):
     assert curve.to_dict() == {"0": 8, "1": 8, "2": 5, "3": 5}
     assert apply_layers(len, {"a": "one", "b": "three"}).tolist() == [3, 5]
     assert apply_layers(len, {}).empty
+
+
+SIMILARITY = [f"{family}_previous{part}" for family in ("gbs", "cka") for part in ("", "_std", "_null")]
+CHAIN = torch.randn(N, 8, generator=torch.Generator().manual_seed(9))
+
+
+def chain(labels=Y):
+    """Layers that drift away from each other, the third of another width."""
+    generator = torch.Generator().manual_seed(10)
+    second = CHAIN + 0.5 * torch.randn(N, 8, generator=generator)
+    third = second @ torch.randn(8, 12, generator=generator) + torch.randn(N, 12, generator=generator)
+    return Activations({"first": CHAIN, "second": second, "third": third.reshape(N, 3, 4)}, labels)
+
+
+def table_from(acts, **options):
+    options = {"n": 20, "repeats": 3, "permutations": 5, "progress": False} | options
+    return profile_activations(acts, **options)
+
+
+def test_similarity_to_the_previous_layer_comes_after_modularity():
+    table = table_from(chain(), metrics=("modularity", "gbs", "cka"))
+    place = COLUMNS.index("features")
+    assert table.columns.tolist() == [*COLUMNS[:place], *SIMILARITY, *COLUMNS[place:]]
+    assert table.loc["first", SIMILARITY].isna().all()
+    assert table.loc["second":, SIMILARITY].notna().all(axis=None)
+    pd.testing.assert_frame_equal(table[COLUMNS], table_from(chain()))
+    assert table_from(chain(), metrics=("gbs",)).columns.tolist() == [*SIMILARITY[:3], *COLUMNS[place:]]
+    unlabelled = table_from(chain(None), metrics=("cka", "modularity")).columns.tolist()
+    assert unlabelled == [*UNLABELLED[:3], *SIMILARITY[3:], *UNLABELLED[3:]]
+
+
+@pytest.mark.parametrize(
+    ("options", "sets"),
+    [
+        ({}, SETS),
+        ({"k": 5, "metric": "euclidean", "symmetrize": "union"}, SETS),
+        ({"n": 30, "repeats": 2}, [np.arange(30), np.arange(30, 60)]),
+        ({"repeats": 1}, SETS[:1]),
+        ({"seed": 4}, torch.randperm(N, generator=torch.Generator().manual_seed(4)).numpy().reshape(3, 20)),
+    ],
+)
+def test_similarity_to_the_previous_layer_is_averaged_over_the_sets(options, sets):
+    acts = chain()
+    table = table_from(acts, metrics=("gbs", "cka"), **options)
+    made = {"k": 3} | {key: options[key] for key in ("k", "metric", "symmetrize") if key in options}
+    for before, name in pairwise(acts):
+        pairs = [(acts[before][rows], acts[name][rows]) for rows in sets]
+        values = {
+            "gbs": [gbs(knn_graph(x, **made), knn_graph(y, **made)) for x, y in pairs],
+            "cka": [linear_cka(x, y, unbiased=True) for x, y in pairs],
+        }
+        for family, found in values.items():
+            std = np.std(found, ddof=1) if len(sets) > 1 else np.nan
+            assert table.loc[name, f"{family}_previous"] == pytest.approx(np.mean(found), abs=1e-6)
+            assert table.loc[name, f"{family}_previous_std"] == pytest.approx(std, abs=1e-6, nan_ok=True)
+    assert 0.3 < table.loc["third", "gbs_previous"] < table.loc["second", "cka_previous"] < 0.9
+
+
+def test_similarity_of_shuffled_samples_is_what_chance_gives():
+    x = torch.randn(400, 10, generator=torch.Generator().manual_seed(0))
+    acts = Activations({"a": x, "b": 2 * x, "c": x @ torch.eye(10, 6)})
+    table = table_from(acts, n=200, repeats=2, k=5, metrics=("gbs", "cka"))
+    assert table.loc["b", ["gbs_previous", "cka_previous"]].to_numpy(float) == pytest.approx(1)
+    assert table["cka_previous_null"].abs().max() < 0.03
+    assert table["gbs_previous_null"].dropna().between(5 / 199 / 2, 2 * 5 / 199).all()
+    again, other = (table_from(acts, n=200, repeats=2, k=5, metrics=("gbs", "cka"), seed=seed) for seed in (None, 1))
+    assert table.equals(again)
+    assert not table["gbs_previous_null"].equals(other["gbs_previous_null"])
+
+
+def test_similarity_needs_no_labels_and_no_two_classes():
+    expected = table_from(chain(None), metrics=("gbs",))
+    assert not set(COLUMNS[:6]) & set(expected.columns)
+    assert table_from(chain(torch.zeros(N, dtype=torch.int64)), metrics=("gbs",)).equals(expected)
+    assert table_from(chain(torch.arange(N) // 20), metrics=("gbs",)).equals(expected)  # sorted by class
+    with pytest.raises(ValueError, match="holds one class only"):
+        table_from(chain(torch.zeros(N, dtype=torch.int64)), metrics=("modularity", "gbs"))
+
+
+def test_profile_gives_the_similarities_of_its_own_activations(model):
+    metrics = ("modularity", "gbs", "cka")
+    table = table_of(model, (X, Y), metrics=metrics)
+    expected = table_from(capture(model, (X, Y), "leaves", progress=False), metrics=metrics)
+    pd.testing.assert_frame_equal(table, expected)
+
+
+@pytest.mark.parametrize("metrics", [("gbs", "CKA"), ("linear_cka",), "gbs", ()])
+def test_unknown_metrics_are_refused_with_the_choices(metrics):
+    with pytest.raises(ValueError, match=r"metrics must be a sequence of names from .*modularity', 'gbs', 'cka'.*got"):
+        table_from(chain(), metrics=metrics)

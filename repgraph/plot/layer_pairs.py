@@ -105,7 +105,7 @@ def heatmaps(
     columns: int = 3,
     stage: Callable[[str], object] | None = None,
     best: bool = False,
-    axes: Sequence[Axes] | None = None,
+    axes: Sequence[Axes] | np.ndarray | None = None,
 ) -> np.ndarray:
     """Several tables side by side, all on one colour scale.
 
@@ -141,6 +141,8 @@ def heatmaps(
         raise ValueError("tables must hold at least one table")
     if len({bool(table.attrs.get("distance", False)) for table in tables.values()}) > 1:
         raise ValueError("tables must be all similarities or all distances to share a scale, got both")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
     if axes is None:
         columns = min(columns, len(tables))
         rows = -(-len(tables) // columns)
@@ -152,6 +154,7 @@ def heatmaps(
         for ax in grid.flat[len(tables) :]:
             ax.remove()
         axes = list(grid.flat[: len(tables)])
+    axes = list(np.asarray(axes, dtype=object).flat)
     if len(axes) != len(tables):
         raise ValueError(f"axes must be one per table: expected {len(tables)}, got {len(axes)}")
     limits = _limits(list(tables.values()))
@@ -212,8 +215,8 @@ def similarity_by_distance(
     ----------
     table
         A table of `between_layers`. Of one model with itself, layers i and j are \|i - j\| apart, and each pair
-        counts once; between two models layers are matched by relative depth, and the distance is in layers of the
-        deeper one.
+        counts once if the measure is symmetric; between two models layers are matched by relative depth, and the
+        distance is in layers of the deeper one.
     null
         Its null of `between_layers_null`, drawn as a band of one standard deviation.
     ax
@@ -240,26 +243,24 @@ def similarity_by_distance(
     """
     if not table.size:
         raise ValueError("table must have at least one layer on each side")
-    if null is not None and len(null) != table.size:
-        raise ValueError(f"null must have one row per pair of layers: expected {table.size}, got {len(null)}")
+    if null is not None and list(null.index) != [(row, column) for row in table.index for column in table.columns]:
+        raise ValueError("null must be of the same pairs of layers as the table, in its order")
     if ax is None:
         ax = plt.subplots(figsize=(6, 4), layout="constrained")[1]
     distance, chosen = _depth_distance(table)
     values = table.to_numpy(float)[chosen]
-    places = np.unique(distance)
     style: dict[str, object] = {"color": BLUE, "linewidth": 1.5, "zorder": 3, **line}
-    mean = [np.nanmean(values[distance == place]) for place in places]
-    (drawn,) = ax.plot(places, mean, **style)  # type: ignore[arg-type]
+    mean = pd.Series(values).groupby(distance).mean()
+    (drawn,) = ax.plot(mean.index, mean, **style)  # type: ignore[arg-type]
     ax.scatter(distance, values, s=6, color=drawn.get_color(), alpha=0.25, linewidths=0, zorder=2)
     if null is not None:
         draws = null.to_numpy(float).reshape(*table.shape, -1)[chosen]
-        level, std = (
-            np.array([function(draws[distance == place]) for place in places]) for function in (np.nanmean, np.nanstd)
-        )
-        ax.plot(places, level, color=GREY, linestyle="--", linewidth=1, zorder=1)
-        ax.fill_between(places, level - std, level + std, color=GREY, alpha=0.2, linewidth=0, zorder=1)
-        ax.annotate("samples shuffled", (places[-1], level[-1]), (0, 4), textcoords="offset points", ha="right",
-                    color=GREY, size=8)  # fmt: skip
+        by_distance = pd.Series(draws.ravel()).groupby(np.repeat(distance, draws.shape[1]))
+        level, std = by_distance.mean(), by_distance.std(ddof=0)
+        ax.plot(level.index, level, color=GREY, linestyle="--", linewidth=1, zorder=1)
+        ax.fill_between(level.index, level - std, level + std, color=GREY, alpha=0.2, linewidth=0, zorder=1)
+        at = (level.index[-1], level.iloc[-1])
+        ax.annotate("samples shuffled", at, (0, 4), textcoords="offset points", ha="right", color=GREY, size=8)
     ax.set_xlabel("distance in depth (layers)")
     ax.set_ylabel(_TITLES.get(table.attrs.get("measure", ""), str(table.attrs.get("measure", "similarity"))))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -272,8 +273,9 @@ def similarity_by_distance(
 def _depth_distance(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Distance in layers of the chosen pairs, and which pairs these are."""
     rows, columns = table.shape
+    values = table.to_numpy(float)
     own = list(table.index) == list(table.columns) and table.index.name == table.columns.name
-    if own:
+    if own and np.allclose(values, values.T, equal_nan=True):
         i, j = np.indices(table.shape)
         return np.abs(i - j)[i <= j], i <= j
     deepest = max(rows, columns) - 1
@@ -288,7 +290,7 @@ def sample_agreement(
     texts: Sequence[str] | None = None,
     labels: Labels | None = None,
     count: int = 6,
-    axes: Sequence[Axes] | None = None,
+    axes: Sequence[Axes] | np.ndarray | None = None,
 ) -> np.ndarray:
     """Which samples two layers see alike and which differently: all scores in order, and the samples at both ends.
 
@@ -315,8 +317,8 @@ def sample_agreement(
     Raises
     ------
     ValueError
-        If scores are not (n,), images, texts or labels are not n, both images and texts are given, or the number of
-        axes is another.
+        If scores are not (n,) or not finite, images, texts or labels are not n, both images and texts are given, or the
+        number of axes is another.
 
     Examples
     --------
@@ -324,9 +326,11 @@ def sample_agreement(
     >>> [ax.get_title() for ax in axes[1:]]
     ['1: 0.10', '0: 0.90']
     """
-    values = np.asarray(scores.detach().cpu() if isinstance(scores, torch.Tensor) else scores, dtype=float)
+    values = np.asarray(scores.detach().double().cpu() if isinstance(scores, torch.Tensor) else scores, dtype=float)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"scores must be one number per sample, shape (n,), got {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"scores must be finite, got NaN or infinite ones for {(~np.isfinite(values)).sum()} samples")
     if images is not None and texts is not None:
         raise ValueError("images and texts are both given: choose one")
     classes = None if labels is None else as_labels(labels)
@@ -339,6 +343,7 @@ def sample_agreement(
     if axes is None:
         axes = _agreement_axes(images is not None, texts is not None, count)
     expected = 1 + (2 * count if images is not None else 2 if texts is not None else 0)
+    axes = list(np.asarray(axes, dtype=object).flat)
     if len(axes) != expected:
         raise ValueError(f"axes must be {expected} for these samples, got {len(axes)}")
     _ordered_scores(axes[0], values[order])
@@ -386,7 +391,7 @@ def _ordered_scores(ax: Axes, ordered: np.ndarray) -> None:
 
 def _as_pictures(images: torch.Tensor | np.ndarray, shown: np.ndarray) -> np.ndarray:
     """The chosen images as (m, h, w) or (m, h, w, 3) in [0, 1], all on the scale of the whole set."""
-    array = np.asarray(images.detach().cpu() if isinstance(images, torch.Tensor) else images)
+    array = np.asarray(images.detach().double().cpu() if isinstance(images, torch.Tensor) else images)
     if array.ndim == 4 and array.shape[-1] not in (1, 3) and array.shape[1] in (1, 3):
         array = np.moveaxis(array, 1, -1)
     if array.ndim == 4 and array.shape[-1] == 1:

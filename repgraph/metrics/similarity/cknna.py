@@ -49,7 +49,8 @@ def _near(x: Tensor | Gram | Near, k: int = 10) -> Near:
         raise ValueError(f"Gram matrix must have a linear kernel, got {g.kernel}")
     if isinstance(k, bool) or not isinstance(k, Integral) or not 2 <= k < g.n or g.n < 4:
         raise ValueError(f"k must be an integer with 2 <= k < n and n >= 4, got k = {k!r} with n = {g.n} samples")
-    return Near(g.n, int(k), *_nearest(g.off, g.shift, int(k)))
+    place, value = _nearest(g.off, g.shift, int(k))
+    return Near(g.n, int(k), place, value * (g.diagonal.sum() > 0))  # all samples are near in constant features
 
 
 def _nearest(off: Tensor, shift: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ def _cknna(a: Near, b: Near) -> Tensor:
     return normalized(cross, a.own, b.own)
 
 
-@measure(_near, _cknna, base=gram)
+@measure(_near, _cknna, base=gram, symmetric=False)
 def cknna(x: Tensor | Gram, y: Tensor | Gram, k: int = 10) -> float:
     """CKNNA of two layers, about [0, 1]: unbiased linear CKA over the pairs that are neighbours in both layers.
 
@@ -120,8 +121,8 @@ def cknna(x: Tensor | Gram, y: Tensor | Gram, k: int = 10) -> float:
     Notes
     -----
     k = n - 1 is unbiased CKA. Invariant to orthogonal maps and isotropic scaling only: neighbours go by the inner
-    product, which translation changes. The mask is not symmetric, and M.K enters the first term of s with its
-    transpose. Inner products are restored from those of centred features.
+    product, which translation changes. The mask is not symmetric, so that x and y cannot quite change places,
+    and M.K enters the first term of s with its transpose. Inner products are restored from those of centred features.
 
     References
     ----------

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repgraph.graph import Graph, Symmetrize, knn_graph
 from repgraph.metrics.similarity.measure import as_number, both, measure
-from repgraph.neighbors import as_samples, full_precision, row_norms
+from repgraph.neighbors import as_samples, full_precision
 
 Empty = Literal["zero", "skip"]
 
@@ -64,6 +64,8 @@ def _row_cosines(place_a: Tensor, weight_a: Tensor, place_b: Tensor, weight_b: T
 
 def check_same_kind(a: Rows, b: Rows) -> None:
     """Refuse graphs that were made with other choices."""
+    if (a.place is None) != (b.place is None):
+        raise ValueError("graphs must be made in the same way, got all pairs (k=None) against a sparse graph")
     for key in a.settings.keys() & b.settings.keys():
         if a.settings[key] != b.settings[key]:
             made = [", ".join(f"{name}={value}" for name, value in rows.settings.items()) for rows in (a, b)]
@@ -75,7 +77,9 @@ def _rows(
 ) -> Rows:
     if isinstance(x, Rows):
         return x
-    if isinstance(x, Tensor):
+    if not isinstance(x, Graph):
+        if symmetrize not in ("mean", "union", "mutual", "none", None):
+            raise ValueError(f"symmetrize must be 'mean', 'union', 'mutual' or 'none', got {symmetrize!r}")
         x = as_samples(x)
         if torch.equal(x[0], x[-1]) and bool((x == x[0]).all()) and bool((x[0] != 0).any()):
             warnings.warn("constant features: every sample is equally near to every other", stacklevel=2)
@@ -85,7 +89,7 @@ def _rows(
                     "dense graphs (k=None) of non-negative features are alike whatever the features: choose k",
                     stacklevel=2,
                 )
-            return _checked(Rows(len(x), None, _dense(x), {"k": None, "weighted": weighted}))
+            return _checked(Rows(len(x), None, _dense(x, weighted), {"k": None, "weighted": weighted}))
         x = knn_graph(x, k, symmetrize=symmetrize or "none")
     a = x.adjacency
     row = np.repeat(np.arange(x.n), np.diff(a.indptr))
@@ -98,15 +102,23 @@ def _rows(
 
 
 def _unit(row: Tensor, weight: Tensor, n: int) -> Tensor:
+    if len(weight):
+        weight = weight / weight.abs().amax()
     squares = torch.zeros(n, dtype=weight.dtype, device=weight.device).index_add_(0, row, weight.square())
     return weight.div(squares.sqrt()[row])
 
 
-def _dense(x: Tensor) -> Tensor:
+def _dense(x: Tensor, weighted: bool = True) -> Tensor:
     """All cosines of the rows of x with a zero diagonal, its rows scaled to norm 1: (n, n)."""
-    unit = x / row_norms(x).clamp_min(1e-8).to(x.dtype)[:, None]
+    tiny = torch.finfo(x.dtype).tiny
+    peak = x.abs().amax(1, keepdim=True).clamp_min(tiny)
+    unit = x / peak
+    norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True).clamp_min(tiny)
+    unit = unit / norm * (norm * (peak / 1e-8)).clamp_max(1)  # norms below 1e-8 count as 1e-8
     with torch.autocast(x.device.type, enabled=False), full_precision():
         weight = (unit @ unit.T).fill_diagonal_(0)
+    if not weighted:
+        weight = (weight != 0).to(weight.dtype)
     norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     unit_rows: Tensor = weight / norm.masked_fill(norm == 0, 1)
     return unit_rows
@@ -186,9 +198,9 @@ def gbs(
 
     Notes
     -----
-    Invariant to orthogonal maps, isotropic scaling, and a positive scale per sample; not to translation or other linear
-    maps. Robust to outliers and to width, and sees translation: CKA is the reverse, so look at both. O(n k) time and
-    memory for a pair of graphs.
+    Invariant to orthogonal maps, isotropic scaling, and a positive scale per sample (down to norms of 1e-8, below which
+    cosines shrink); not to translation or other linear maps. Robust to outliers and to width, and sees translation: CKA
+    is the reverse, so look at both. O(n k) time and memory for a pair of graphs.
 
     References
     ----------

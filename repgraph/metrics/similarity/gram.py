@@ -12,7 +12,7 @@ from repgraph.neighbors import as_samples, full_precision
 
 WORKSPACE = 32 * 2**20  # bytes of centred features held at once
 _BLOCK = 256  # rows per product: small enough to save half of them
-_SMALL, _LARGE = 1e-15, 1e15  # features whose products float32 holds
+_SMALL, _LARGE = 1e-12, 1e12  # features whose products float32 holds
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -33,7 +33,7 @@ class Gram:
     kernel
         "linear" or "rbf".
     exponent
-        The factor 2^exponent that all of the above lack, other than 1 where the products would overflow.
+        All of the above lack the factor 2^exponent, which makes the mean of the diagonal about 1.
 
     Attributes
     ----------
@@ -126,11 +126,12 @@ def gram(x: Tensor | Gram, *, dtype: torch.dtype | None = None) -> Gram:
         exponent = max(-1000, min(1000, math.frexp(peak)[1]))
         x = (x.double() * 2.0**-exponent).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False), full_precision():
-        return Gram(*_gram(x, dtype or x.dtype), exponent=2 * exponent)
+        off, diagonal, shift, more = centred_products(x, dtype or x.dtype)
+    return Gram(off, diagonal, shift, exponent=2 * exponent + int(more))
 
 
-def _gram(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Products of the centred rows of x (n, d): off the diagonal (n, n), on it (n,), and the shift (n,)."""
+def centred_products(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Products of the centred rows of x (n, d): off the diagonal (n, n), on it (n,), shift (n,), exponent."""
     n, d = x.shape
     off = torch.zeros((n, n), dtype=dtype, device=x.device)
     projection = off.new_zeros(n)  # of the centred rows on the mean
@@ -148,13 +149,15 @@ def _gram(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     diagonal = off.diagonal().to(torch.float64, copy=True)
     # What is left of constant features is the rounding of their mean.
     varies = diagonal.sum() > (16 * torch.finfo(dtype).eps) ** 2 * n * square
-    off = off.fill_diagonal_(0).mul_(varies)
+    exponent = torch.frexp(diagonal.mean()).exponent
+    factor = torch.exp2(-exponent.double())
+    off = off.fill_diagonal_(0).mul_((varies * factor).to(dtype))
     for i in range(0, n, _BLOCK):
         j = min(i + _BLOCK, n)
         corner = off[i:j, i:j].triu()
         off[i:j, i:j] = corner + corner.T
         off[j:, i:j] = off[i:j, j:].T
-    return off, diagonal * varies, projection.double() + square / 2
+    return off, diagonal * varies * factor, (projection.double() + square / 2) * factor, exponent
 
 
 def principal_components(x: Tensor | Gram) -> tuple[Tensor, Tensor]:

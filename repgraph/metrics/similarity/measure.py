@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ class Measure(Protocol):
     pair: Callable[..., Tensor | float]
     base: Callable[..., Layer] | None
     distance: bool
+    symmetric: bool
 
 
 F = TypeVar("F", bound=Callable[..., float])
@@ -38,16 +40,18 @@ def measure(
     *,
     base: Callable[..., Layer] | None = None,
     distance: bool = False,
+    symmetric: bool = True,
 ) -> Callable[[F], F]:
     """Let a measure name its own preparation, so that `repgraph.between_layers` prepares each layer once.
 
     The measure gets attributes: `prepare` turns features (n, ...), or what is prepared already, into what `pair`
     compares; `pair` is the measure of two prepared layers; `base` makes of features what several measures can start
-    from (their Gram matrix), where `prepare` has no options; `distance` says that the measure falls with likeness.
+    from (their Gram matrix), where `prepare` has no options; `distance` says that the measure falls with likeness,
+    `symmetric` that x and y can change places.
     """
 
     def attach(f: F) -> F:
-        vars(f).update(prepare=prepare, pair=pair, base=base, distance=distance)
+        vars(f).update(prepare=prepare, pair=pair, base=base, distance=distance, symmetric=symmetric)
         return f
 
     return attach
@@ -65,7 +69,15 @@ def named(name: str) -> Iterator[None]:
             subject = f"{name}{text[1:]}" if text.startswith("x must") else f"{name}: {text}"
             raise ValueError(subject) from error
     for warning in caught:
-        warnings.warn(f"{name}: {warning.message}", warning.category, stacklevel=5)
+        tell(f"{name}: {warning.message}", warning.category)
+
+
+def tell(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called into repgraph, however deep in it we are."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in ("repgraph", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def both(prepare: Callable[..., L], x: object, y: object, **options: object) -> tuple[L, L]:
@@ -89,8 +101,5 @@ def as_number(value: Tensor | float) -> float:
     """The value as a float, with a warning where it is undefined."""
     number = float(value)
     if math.isnan(number):
-        warnings.warn(
-            "the similarity is undefined (nan): the features of a layer are constant, or its samples too few",
-            stacklevel=3,
-        )
+        tell("the similarity is undefined (nan): the features of a layer are constant, or its samples too few")
     return number

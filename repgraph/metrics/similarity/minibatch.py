@@ -7,25 +7,81 @@ Representations Vary with Width and Depth", ICLR 2021, arXiv 2010.15327.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from repgraph.metrics.similarity.cka import normalized
-from repgraph.metrics.similarity.gram import dot, gram
+from repgraph.metrics.similarity.gram import centred_products, dot
 from repgraph.metrics.similarity.measure import as_number, both, measure
+from repgraph.neighbors import as_samples, full_precision
+
+_NOTHING = -10000.0  # exponent of rows that hold nothing
+
+
+@dataclass(frozen=True)
+class BatchGram:
+    """Turns one batch of a layer's output into rows of `BatchGrams`: the ``reduce`` of a capture that streams.
+
+    Parameters
+    ----------
+    batch_size
+        Samples per Gram matrix, at least 4; a larger batch is split, a smaller one is filled up with zeros.
+
+    Raises
+    ------
+    ValueError
+        If batch_size is not an integer of at least 4.
+    """
+
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, Integral) or self.batch_size < 4:
+            raise ValueError(f"batch_size must be an integer of at least 4, got {self.batch_size!r}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rows (b, batch_size + 1) of a batch (b, ...): a Gram matrix, and the exponent of its scale."""
+        x = x.detach().flatten(1)
+        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        with torch.autocast(x.device.type, enabled=False), full_precision():
+            return torch.cat([_centred(part, self.batch_size) for part in torch.split(x, self.batch_size)])
+
+
+def _centred(x: Tensor, width: int) -> Tensor:
+    """U-centred Gram matrix of a batch (b, d), scaled, and its exponent: (b, width + 1); zeros for b < 4."""
+    b = len(x)
+    out = x.new_zeros(b, width + 1)
+    if b < 4:
+        out[:, -1] = _NOTHING
+        return out
+    exponent = torch.frexp(x.abs().amax()).exponent.clamp(-120, 120)
+    off, _, _, more = centred_products(torch.ldexp(x, -exponent), x.dtype)
+    sums = off.sum(1, dtype=torch.float64) / (b - 2)
+    centred = off.double() - sums[:, None] - sums + sums.sum() / (b - 1)
+    out[:, :b] = centred.fill_diagonal_(0) / (b * (b - 3)) ** 0.5
+    out[:, -1] = 2 * exponent + more
+    return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchGrams:
     """Gram matrices of the batches of a layer, one below the other.
 
-    Each is U-centred and scaled by 1 / sqrt(b (b - 3)), so that inner products over all entries are the sums of the
-    batches' unbiased HSIC.
+    Each is U-centred and divided by sqrt(b (b - 3)), so that inner products over all entries are the sums of the
+    batches' unbiased HSIC, up to a common factor.
     """
 
     matrix: Tensor
-    """(n, b) of float32 or float64; a last batch of fewer than b samples leaves columns 0."""
+    """(n, b) of float32 or float64; a batch of fewer than b samples leaves columns 0."""
+
+    @classmethod
+    def of_rows(cls, rows: Tensor) -> BatchGrams:
+        """Batch Grams of rows of `BatchGram`, brought to one scale."""
+        exponent = rows[:, -1:]
+        factor = torch.exp2((exponent - exponent.amax()).double()).to(rows.dtype)
+        return cls(rows[:, :-1] * factor)
 
     @property
     def n(self) -> int:
@@ -33,47 +89,14 @@ class BatchGrams:
         return len(self.matrix)
 
 
-@dataclass(frozen=True)
-class BatchGram:
-    """Turns one batch of a layer's output into its rows of `BatchGrams`: the ``reduce`` of a capture that streams.
-
-    Parameters
-    ----------
-    batch_size
-        Samples b per Gram matrix; a larger batch is split, a smaller one is filled up with zero columns.
-    """
-
-    batch_size: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rows (b, batch_size) of a batch (b, ...)."""
-        parts = [_centred(part, self.batch_size) for part in torch.split(x.flatten(1), self.batch_size)]
-        return torch.cat(parts)
-
-
-def _centred(x: Tensor, width: int) -> Tensor:
-    """U-centred Gram matrix of a batch (b, d), scaled and filled up to (b, width); zeros for fewer than 4 samples."""
-    b = len(x)
-    out = torch.zeros((b, width), dtype=x.dtype if x.dtype == torch.float64 else torch.float32, device=x.device)
-    if b < 4:
-        return out
-    g = gram(x)
-    sums = g.sums / (b - 2)
-    total = g.sums.sum() / ((b - 1) * (b - 2))
-    centred = g.off.double() - sums[:, None] - sums + total
-    out[:, :b] = torch.ldexp(centred.fill_diagonal_(0), torch.tensor(g.exponent)) / (b * (b - 3)) ** 0.5
-    return out
-
-
 def _batches(x: Tensor | BatchGrams, batch_size: int = 256) -> BatchGrams:
     if isinstance(x, BatchGrams):
         return x
-    if batch_size < 4:
-        raise ValueError(f"batch_size must be at least 4, got {batch_size}")
-    if not isinstance(x, Tensor) or x.ndim < 2 or len(x) < 4:
-        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a tensor (n, ...) of at least 4 samples, got {got}")
-    return BatchGrams(BatchGram(min(batch_size, len(x)))(x))
+    grams = BatchGram(batch_size)
+    x = as_samples(x)
+    if len(x) < 4:
+        raise ValueError(f"x must have at least 4 samples, got {len(x)}")
+    return BatchGrams.of_rows(BatchGram(min(grams.batch_size, len(x)))(x))
 
 
 def _minibatch_cka(a: BatchGrams, b: BatchGrams) -> Tensor:

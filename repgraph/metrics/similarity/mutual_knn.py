@@ -22,23 +22,22 @@ def _neighbors(x: Tensor | Graph | Rows, k: int = 10) -> Rows:
         return x
     if isinstance(x, Graph):
         sizes = np.unique(np.diff(x.adjacency.indptr))
-        if not x.directed or len(sizes) != 1:
+        if not x.directed or len(sizes) != 1 or sizes[0] == 0:
             raise ValueError(f"graph must be one of knn_graph(x, k, symmetrize='none'), got {x!r}")
-        indices, k = torch.from_numpy(x.adjacency.indices.astype(np.int64)).reshape(x.n, -1), int(sizes[0])
-    else:
-        x = as_samples(x)
-        if zeros := int((row_norms(x) == 0).sum()):
-            warnings.warn(f"{zeros} of {len(x)} samples are zero vectors: their neighbours mean nothing", stacklevel=2)
-        indices = knn(x, k)[1]
-    return _as_rows(indices, k)
+        indices = torch.from_numpy(x.adjacency.indices.astype(np.int64)).reshape(x.n, -1)
+        return _as_rows(indices, int(sizes[0]), str(x.settings.get("metric", "cosine")))
+    x = as_samples(x)
+    if zeros := int((row_norms(x) == 0).sum()):
+        warnings.warn(f"{zeros} of {len(x)} samples are zero vectors: their neighbours mean nothing", stacklevel=2)
+    return _as_rows(knn(x, k)[1], k, "cosine")
 
 
-def _as_rows(indices: Tensor, k: int) -> Rows:
+def _as_rows(indices: Tensor, k: int, metric: str) -> Rows:
     """Rows with the weight 1 / sqrt(k) at each of the k neighbours (n, k), so that a row cosine is overlap / k."""
     n = len(indices)
     place = (torch.arange(n, device=indices.device)[:, None] * n + indices.sort(1).values).flatten()
     weight = torch.full((n * k,), k**-0.5, dtype=torch.float64, device=indices.device)
-    return Rows(n, place, weight, {"k": k})
+    return Rows(n, place, weight, {"k": k, "metric": metric})
 
 
 def _overlap(a: Rows, b: Rows) -> Tensor:
@@ -77,7 +76,7 @@ def mutual_knn(x: Tensor | Graph, y: Tensor | Graph, k: int = 10) -> float:
     Notes
     -----
     Exactly the GBS of unweighted directed graphs. Invariant to orthogonal maps, isotropic scaling and a positive scale
-    per sample. Ties go to the lowest index.
+    per sample, down to norms of 1e-8. Ties go to the lowest index.
 
     References
     ----------

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from repgraph.metrics.similarity.gram import Gram, gram, squared_distances
 from repgraph.metrics.similarity.measure import as_number, both, measure
-from repgraph.neighbors import as_samples, full_precision
+from repgraph.neighbors import as_samples
 
 Rdm = Literal["euclidean", "sqeuclidean", "correlation", "cosine"]
 Compare = Literal["spearman", "pearson", "cosine"]
@@ -54,7 +54,7 @@ def _dissimilarities(
         g = gram(x)
         if g.kernel != "linear":
             raise ValueError(f"Gram matrix must have a linear kernel, got {g.kernel}")
-        matrix = squared_distances(g)
+        matrix = _without_noise(squared_distances(g), g.diagonal)
         # Ranks of distances are those of their squares.
         matrix = matrix.sqrt_() if rdm == "euclidean" and compare != "spearman" else matrix
     elif isinstance(x, Gram):
@@ -62,40 +62,50 @@ def _dissimilarities(
             f"rdm={rdm!r} needs features: a Gram matrix of centred features gives Euclidean distances only"
         )
     else:
-        x = as_samples(x)
-        with torch.autocast(x.device.type, enabled=False), full_precision():
-            matrix = _angles(x, centred=rdm == "correlation")
+        x, zero = _directions(as_samples(x), centred=rdm == "correlation")
+        # 1 - cos is half the squared distance of the directions, and 1 where there is no direction.
+        g = gram(x)
+        squares = _without_noise(squared_distances(g), g.diagonal)
+        matrix = torch.ldexp(squares, torch.tensor(g.exponent - 1, device=x.device))
+        matrix.masked_fill_(zero[:, None] | zero, 1).fill_diagonal_(0)
     if len(matrix) < 3:
         raise ValueError(f"x must have at least 3 samples, got {len(matrix)}")
     return Dissimilarities(len(matrix), _scaled(matrix, compare), (rdm, compare))
 
 
-def _angles(x: Tensor, centred: bool) -> Tensor:
-    """1 - cosine of all rows of x (n, d), each minus its own mean where they are to be centred: (n, n)."""
+def _directions(x: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """Rows of x (n, d), each minus its own mean where they are to be centred, scaled to norm 1; which are zero (n,)."""
     z = x / x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     z = z - z.mean(1, keepdim=True) if centred else z
-    z = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-8)
-    return torch.mm(z, z.T).neg_().add_(1)
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    rounding = 16 * torch.finfo(x.dtype).eps * x.shape[1] ** 0.5
+    return z / norm.clamp_min(rounding), norm[:, 0] <= rounding
+
+
+def _without_noise(squares: Tensor, diagonal: Tensor) -> Tensor:
+    """Squared distances (n, n) with 0 where they are no more than the rounding of their norms; in place."""
+    rounding = (4 * torch.finfo(squares.dtype).eps * diagonal).to(squares.dtype)
+    return squares.mul_(squares > rounding[:, None] + rounding)
 
 
 def _scaled(matrix: Tensor, compare: str) -> Tensor:
     """Upper triangle of a matrix (n, n), ranked for "spearman", centred except for "cosine", scaled to norm 1."""
     i, j = torch.triu_indices(len(matrix), len(matrix), 1, device=matrix.device)
     values = matrix[i, j]
-    if compare == "spearman":
-        values = _ranks(values)
-    wide = values.to(torch.float64, copy=True)
+    wide = _ranks(values) if compare == "spearman" else values.double()
+    rounding = 16 * torch.finfo(matrix.dtype).eps * torch.linalg.vector_norm(wide)
     if compare != "cosine":
-        wide -= wide.mean()
-    return wide.div_(torch.linalg.vector_norm(wide)).to(matrix.dtype)
+        wide = wide - wide.mean()
+    norm = torch.linalg.vector_norm(wide)
+    return wide.div_(norm.masked_fill(norm <= rounding, torch.nan)).to(matrix.dtype)
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks 0, 1, ... of values (m,), ties averaged: what differs by less than the rounding of its type is equal."""
-    bits, whole = (20, torch.int32) if values.dtype == torch.float32 else (40, torch.int64)
-    exponent = torch.frexp(values.abs().amax()).exponent
-    coarse = torch.ldexp(values, bits - exponent).round().to(whole)
-    ordered, order = coarse.sort()
+    """Ranks 0, 1, ... of values >= 0, (m,) in float64, ties averaged: what agrees in 16 bits, float64 in 40."""
+    # The bits of floats >= 0 are ordered as they are; rounding them off leaves the leading ones.
+    spare = 7 if values.dtype == torch.float32 else 12
+    bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
+    ordered, order = ((bits + (1 << (spare - 1))) >> spare).sort()
     m = len(values)
     place = torch.arange(m, device=values.device)
     new = torch.ones(m, dtype=torch.bool, device=values.device)
@@ -140,8 +150,8 @@ def rsa(x: Tensor | Gram, y: Tensor | Gram, *, rdm: Rdm = "euclidean", compare: 
     -----
     Invariances are those of the dissimilarity: Euclidean to orthogonal maps, isotropic scaling and translation;
     correlation to a positive scale per sample and an offset that all features share; cosine to orthogonal maps and a
-    scale per sample. Tied ranks are averaged; two dissimilarities tie when they differ by less than 2^-40 of the
-    largest, 2^-20 in float32. Euclidean distances come from the Gram matrix and have its precision. Memory: n^2 / 2
+    scale per sample. Tied ranks are averaged; two dissimilarities tie when they agree to 40 bits, 16 in
+    float32. Euclidean distances come from the Gram matrix and have its precision. Memory: n^2 / 2
     numbers a layer, and about 30 n^2 bytes while they are ranked.
 
     References
