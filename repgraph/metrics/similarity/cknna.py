@@ -26,11 +26,14 @@ class Near:
     """i n + j for each of the k neighbours j of i, rising, (n k,)."""
     value: Tensor
     """Their inner products, (n k,), float64."""
+    mirror: Tensor = field(init=False)
+    """Index of the entry (j, i) for each entry (i, j); m = n k where there is none."""
     own: Tensor = field(init=False)
     """The alignment of the layer with itself, before normalisation."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "own", _alignment(self.place, self.value, self.value, self.n))
+        object.__setattr__(self, "mirror", _mirror(self.place, self.n))
+        object.__setattr__(self, "own", _alignment(self, self.value, self.value))
 
     def permuted(self, order: Tensor) -> Near:
         """The same over the samples in another order."""
@@ -72,12 +75,18 @@ def _nearest(off: Tensor, shift: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat(indices).flatten(), torch.cat(values).flatten()
 
 
-def _alignment(place: Tensor, a: Tensor, b: Tensor, n: int) -> Tensor:
-    """Unbiased HSIC of two sparse matrices with entries a and b (m,) at the same places (m,)."""
-    row, column = place // n, place % n
-    mirror = column * n + row
-    at = torch.searchsorted(place, mirror).clamp_max(len(place) - 1)
-    product = (a * b[at] * (place[at] == mirror)).sum()
+def _mirror(place: Tensor, n: int) -> Tensor:
+    """Index of the place of (j, i) for each place of (i, j), (m,); m where there is none."""
+    mirrored = place % n * n + place // n
+    at = torch.searchsorted(place, mirrored).clamp_max(len(place) - 1)
+    return torch.where(place[at] == mirrored, at, len(place))
+
+
+def _alignment(near: Near, a: Tensor, b: Tensor) -> Tensor:
+    """Unbiased HSIC of two sparse matrices with entries a and b (m,) at the places of `near`."""
+    n = near.n
+    row, column = near.place // n, near.place % n
+    product = a @ torch.cat((b, b.new_zeros(1)))[near.mirror]
     column_sums = torch.zeros(n, dtype=a.dtype, device=a.device).index_add_(0, column, a)
     row_sums = torch.zeros(n, dtype=b.dtype, device=b.device).index_add_(0, row, b)
     total = a.sum() * b.sum() / ((n - 1) * (n - 2))
@@ -89,7 +98,7 @@ def _cknna(a: Near, b: Near) -> Tensor:
         raise ValueError(f"layers must have the same k, got {a.k} and {b.k}")
     at = torch.searchsorted(b.place, a.place).clamp_max(len(b.place) - 1)
     common = b.place[at] == a.place
-    cross = _alignment(a.place, a.value * common, b.value[at] * common, a.n)
+    cross = _alignment(a, a.value * common, b.value[at] * common)
     return normalized(cross, a.own, b.own)
 
 

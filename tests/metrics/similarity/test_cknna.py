@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from repgraph.metrics.similarity import cknna, gram, linear_cka, rbf_cka
-from repgraph.metrics.similarity.cknna import Near, _alignment, _cknna, _near, _nearest
+from repgraph.metrics.similarity.cknna import Near, _cknna, _near, _nearest
 
 seeds = st.integers(0, 2**32 - 1)
 X = torch.tensor([[1, 0], [0, 1], [1, 1], [2, 1], [0, 2], [3, 1]], dtype=torch.float64)
@@ -232,6 +232,6 @@ def test_kernels_stay_on_cuda(dtype):
         near = Near(20, 3, place, value)
         shuffled = near.permuted(torch.randperm(20))
         results = [(part, (60,)) for part in (place, value, shuffled.place, shuffled.value)]
-        results += [(near.own, ()), (_alignment(place, value, value, 20), ()), (_cknna(near, shuffled), ())]
+        results += [(near.own, ()), (near.mirror, (60,)), (_cknna(near, shuffled), ())]
         assert {result.device.type for result, _ in results} == {"cuda"}
         assert [tuple(result.shape) for result, _ in results] == [shape for _, shape in results]
