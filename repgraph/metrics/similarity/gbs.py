@@ -66,8 +66,11 @@ def check_same_kind(a: Rows, b: Rows) -> None:
     """Refuse graphs that were made with other choices."""
     if (a.place is None) != (b.place is None):
         raise ValueError("graphs must be made in the same way, got all pairs (k=None) against a sparse graph")
-    for key in a.settings.keys() & b.settings.keys():
-        if a.settings[key] != b.settings[key]:
+    keys = a.settings.keys() & b.settings.keys()
+    if "metric" in keys:  # builders made both, and noted all their choices
+        keys = a.settings.keys() | b.settings.keys()
+    for key in keys:
+        if a.settings.get(key) != b.settings.get(key):
             made = [", ".join(f"{name}={value}" for name, value in rows.settings.items()) for rows in (a, b)]
             raise ValueError(f"graphs must be made in the same way, got {made[0]} against {made[1]}")
 

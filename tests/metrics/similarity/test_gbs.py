@@ -363,6 +363,7 @@ def test_bad_input(f, x, y, options, message):
     [
         (gbs, knn_graph(X6, 2), knn_graph(Y6, 2, symmetrize="union"), {}, "symmetrize=mean.* against .*=union"),
         (gbs, knn_graph(X6, 2), knn_graph(Y6, 2, metric="euclidean"), {}, "metric=cosine.* against .*=euclidean"),
+        (gbs, knn_graph(X6, 2), threshold_graph(Y6, 0.5), {}, "k=2.* against threshold=0.5"),
         (gbs, knn_graph(X6, 2), Graph.from_edges(6, range(5), range(1, 6), directed=True), {}, "directed=False"),
         (gbs, X6, knn_graph(Y6, 2), {"k": None}, "all pairs .k=None. against a sparse graph"),
         (gbs, X6, Y6, {"k": 2, "symmetrize": "both"}, "symmetrize must be 'mean', 'union', 'mutual' or 'none'"),

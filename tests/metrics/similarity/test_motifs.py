@@ -75,6 +75,13 @@ def test_complete_graph_with_other_labels(labels, expected):
     assert motif_ratio(COMPLETE, labels) == pytest.approx(expected[0] / 10, abs=1e-15)
 
 
+def test_example_of_the_authors():
+    """Their 8 nodes with a self loop at node 5."""
+    row = [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 6]
+    col = [1, 5, 7, 2, 3, 4, 6, 7, 3, 5, 4, 6, 5, 6, 7, 5, 7, 7]
+    assert triangle_motifs(Graph.from_edges(8, row, col), [1, 2, 1, 1, 2, 1, 2, 1]) == (2, 9, 0)
+
+
 def test_weights_of_0_and_self_loops_do_not_count():
     graph = Graph.from_edges(4, [0, 0, 1, 1, 2, 0], [1, 2, 2, 3, 3, 0], [1.0, -1.0, 0.5, 0.0, 1.0, 9.0])
     assert triangle_motifs(graph, [0, 0, 0, 0]) == (1, 0, 0)
