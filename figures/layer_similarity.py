@@ -31,7 +31,7 @@ MEASURES = {"GBS": gbs, "unbiased CKA": partial(linear_cka, unbiased=True), "mut
 def networks() -> tuple[Mapping[str, Activations], list[tuple[str, str]]]:
     """Activations by network, and which networks to compare."""
     if not shared_data.available():
-        pair = ("demo network, seed 0", "demo network, seed 1")
+        pair = ("seed 0", "seed 1")
         return {name: repgraph.capture(digits_resnet(seed), digits()) for seed, name in enumerate(pair)}, [pair]
     images, _ = shared_data.cifar_images(1000)
     found = {
