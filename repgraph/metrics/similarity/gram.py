@@ -100,7 +100,7 @@ def gram(x: Tensor | Gram, *, dtype: torch.dtype | None = None) -> Gram:
     Raises
     ------
     ValueError
-        If x is not a finite (n, ...) tensor of at least 2 samples.
+        If x is not a finite (n, ...) tensor of at least 2 samples, or dtype is another.
 
     Notes
     -----
@@ -116,6 +116,8 @@ def gram(x: Tensor | Gram, *, dtype: torch.dtype | None = None) -> Gram:
     """
     if isinstance(x, Gram):
         return x
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     x = as_samples(x)
     if len(x) < 2:
         raise ValueError(f"x must have at least 2 samples, got {len(x)}")
@@ -168,7 +170,7 @@ def principal_components(x: Tensor | Gram) -> tuple[Tensor, Tensor]:
     if isinstance(x, Tensor) and x[:1].numel() < len(x):
         vectors, values, least = _components(as_samples(x))
     else:
-        g = gram(x, dtype=torch.float64) if isinstance(x, Tensor) else x
+        g = x if isinstance(x, Gram) else gram(x, dtype=torch.float64)
         if g.kernel != "linear":
             raise ValueError(f"Gram matrix must have a linear kernel, got {g.kernel}")
         vectors, values, least = _components_of_gram(g.off, g.diagonal)
