@@ -1,4 +1,4 @@
-"""The curve of a trained ResNet-56 on CIFAR-10 is the definition of the method note, computed here in another way."""
+"""Trained ResNets on CIFAR-10: the curve is that of the definition, and the stages of two depths find each other."""
 
 import networkx as nx
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import shared_data
-from repgraph import layer_names, profile
+from repgraph import capture, compare_layers, layer_names, profile
+from repgraph.metrics.similarity import gbs, layer_matching_accuracy, layer_matching_chance, mutual_knn
 
 pytestmark = pytest.mark.skipif(not shared_data.available(), reason="shared data absent (REPGRAPH_SHARED)")
 
@@ -46,3 +47,15 @@ def test_curve_equals_the_definition():
         sets = [defined(x[r : r + 100], labels[r : r + 100].numpy()) for r in (0, 100)]
         assert table.loc[name, "modularity"] == pytest.approx(np.mean(sets), abs=1e-6)
         assert table.loc[name, "modularity_std"] == pytest.approx(np.std(sets, ddof=1), abs=1e-6)
+
+
+def test_layers_of_another_depth_find_their_stage():
+    images, _ = shared_data.cifar_images(200)
+    shallow, deep = (capture(shared_data.cifar_network(depth), images, progress=False) for depth in (20, 56))
+    for table in compare_layers([gbs, mutual_knn], shallow, deep, progress=False).values():
+        found, chance = (
+            f(table, group=lambda name: name.split(".")[0]) for f in (layer_matching_accuracy, layer_matching_chance)
+        )
+        assert found >= 0.9
+        assert chance < 0.3
+        assert table.loc["conv1", "conv1"] > 0.5 > 5 * table.attrs["chance"]
