@@ -64,19 +64,12 @@ _of_data = _with(
     click.option("--std", metavar="NUMBERS", help="Deviation per channel to divide by."),
 )
 
-
-def _of_model(command: Command) -> Command:
-    """The options that say which model and which of its layers."""
-    for option in (
-        click.option(
-            "--layers", "select", default="blocks", show_default=True, help="blocks, leaves, names, wildcards."
-        ),
-        click.option("--arg", "arguments", multiple=True, metavar="NAME=VALUE", help="Argument of MODEL; repeatable."),
-        click.option("--weights", metavar="FILE", help="Weights: safetensors, or a state dict saved by torch."),
-        click.argument("model"),
-    ):
-        command = option(command)
-    return command
+_of_model = _with(
+    click.argument("model"),
+    click.option("--weights", metavar="FILE", help="Weights: safetensors, or a state dict saved by torch."),
+    click.option("--arg", "arguments", multiple=True, metavar="NAME=VALUE", help="Argument of MODEL; repeatable."),
+    click.option("--layers", "select", default="blocks", show_default=True, help="blocks, leaves, names, wildcards."),
+)
 
 
 def main() -> None:
@@ -182,8 +175,7 @@ def profile_command(
     8 bits become numbers in [0, 1], channels first; --mean and --std then normalise them.
     """
     net = load_model(model, weights, arguments).to(device)
-    items = load_data(data, size=size, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"))
-    items = list(items) if isinstance(items, Iterator) else items
+    items = _items(data, size, mean, std)
     table = profile(
         net,
         items,
@@ -248,8 +240,7 @@ def compare_command(
     chosen = [name.strip() for name in measure.split(",")]
     if unknown := [name for name in chosen if name not in _MEASURES]:
         raise ValueError(f"--measure must be of {', '.join(_MEASURES)}, got {unknown[0]!r}")
-    items = load_data(data, size=size, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"))
-    items = list(items) if isinstance(items, Iterator) else items
+    items = _items(data, size, mean, std)
     samples = n if seed is None else set_order(items, batch_size, seed)[:n]
     captured = [
         capture(
@@ -294,6 +285,12 @@ def _finish(
     files = write_report(out, table, drawn, title=title, text=text)
     click.echo(table.round(4).to_string())
     click.echo("\nwrote " + ", ".join(str(file) for file in files))
+
+
+def _items(data: str, size: int | None, mean: str | None, std: str | None) -> object:
+    """The data, which are read more than once."""
+    items = load_data(data, size=size, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"))
+    return list(items) if isinstance(items, Iterator) else items
 
 
 def _split(select: str) -> str | list[str]:

@@ -430,7 +430,9 @@ def threshold_graph(x: Tensor, threshold: float, *, metric: Metric = "cosine") -
         raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
     if np.isnan(threshold):
         raise ValueError("threshold must be a number, got NaN")
-    x = as_samples(x)
+    x = as_samples(x).double()
+    if metric == "cosine":
+        x = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-8)
     row, col, weight = [], [], []
     for start in range(0, len(x), 256):
         s, linked = _linked(x, start, start + 256, threshold, metric)
@@ -446,14 +448,16 @@ def threshold_graph(x: Tensor, threshold: float, *, metric: Metric = "cosine") -
 
 
 def _linked(x: Tensor, start: int, stop: int, threshold: float, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Cosines, or distances, of some rows of x with all, and which of them are links to later rows: (r, n) twice."""
-    part, x = x[start:stop].double(), x.double()
-    if metric == "euclidean":
-        s = torch.cdist(part, x, compute_mode="donot_use_mm_for_euclid_dist")
-        return s, (s <= threshold).triu(start + 1)
-    part, x = (z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-8) for z in (part, x))
-    s = part @ x.T
-    return s, (s >= threshold).triu(start + 1)
+    """Cosines, or distances, of some rows of x with all, and which of them are links to later rows: (r, n) twice.
+
+    For cosines the rows of x have norm 1.
+    """
+    part = x[start:stop]
+    if metric == "cosine":
+        s = part @ x.T
+        return s, (s >= threshold).triu(start + 1)
+    s = torch.cdist(part, x, compute_mode="donot_use_mm_for_euclid_dist")
+    return s, (s <= threshold).triu(start + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

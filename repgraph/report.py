@@ -74,10 +74,10 @@ def write_report(
     settings = ", ".join(f"{key} = {value}" for key, value in a.items() if value is not None)
     explained = "".join(f"<li><b>{name}</b>: {_COLUMNS[name]}</li>" for name in table if name in _COLUMNS)
     colours = "" if drawn.labels is None else "Colours are classes, orange lines join different classes. "
-    page.write_text(
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head>
-<body><h1>{escape(title)}</h1><p>{escape(text)}</p>
+    _write_page(
+        page,
+        title,
+        f"""<p>{escape(text)}</p>
 <h2>By layer</h2><img alt="{first} against the layers" src="{_embedded(curve)}">
 <h2>The graph through the layers</h2>
 <p class="note">{drawn.n} samples, each linked to its {a["k"]} nearest at that layer; above each panel the
@@ -85,9 +85,7 @@ def write_report(
 what moves is what the links moved.</p>
 <img alt="graph drawings of {len(graphs)} layers" src="{_embedded(drawings)}">
 <h2>Numbers</h2><div class="scroll">{table.to_html(float_format="{:.4f}".format, border=0)}</div><ul>{explained}</ul>
-<p class="note">Settings: {escape(settings)}.</p></body></html>
-""",
-        encoding="utf-8",
+<p class="note">Settings: {escape(settings)}.</p>""",
     )
     return [csv, curve, drawings, page]
 
@@ -131,17 +129,25 @@ def write_comparison(folder: str | Path, tables: Mapping[str, pd.DataFrame], *, 
         f'<h2>{name}</h2><div class="scroll">{table.to_html(float_format="{:.3f}".format, border=0)}</div>'
         for name, table in tables.items()
     )
+    _write_page(
+        page,
+        title,
+        f"""<ul>{settings}</ul>
+{"".join(embedded)}<p class="note">A dot marks the best match of each row. Chance is the value with the samples of one
+layer shuffled.</p>
+<h2>Best match of each layer</h2><div class="scroll">{best.to_html(border=0)}</div>{numbers}""",
+    )
+    return [*files, matches, page]
+
+
+def _write_page(page: Path, title: str, body: str) -> None:
     page.write_text(
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head>
-<body><h1>{escape(title)}</h1><ul>{settings}</ul>
-{"".join(embedded)}<p class="note">A dot marks the best match of each row. Chance is the value with the samples of one
-layer shuffled.</p>
-<h2>Best match of each layer</h2><div class="scroll">{best.to_html(border=0)}</div>{numbers}</body></html>
+<body><h1>{escape(title)}</h1>{body}</body></html>
 """,
         encoding="utf-8",
     )
-    return [*files, matches, page]
 
 
 def _best_matches(table: pd.DataFrame) -> pd.Series:

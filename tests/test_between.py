@@ -5,21 +5,17 @@ import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from small_networks import Deeper, N, Net, X, by_pairs, take
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader, TensorDataset
 
-from repgraph import Activations, between_layers, between_layers_null, capture, compare_layers, knn_graph
+from repgraph import Activations, between_layers, between_layers_null, compare_layers, knn_graph
 from repgraph.metrics.similarity import cknna, gbs, gram, linear_cka, minibatch_cka, mutual_knn, procrustes
-
-N = 24
-X = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))
 
 
 def related(seed=0, n=N):
@@ -42,32 +38,8 @@ def null(similarity, *layers, **options):
     return between_layers_null(similarity, *layers, progress=False, **options)
 
 
-def by_pairs(similarity, a, b, **options):
-    """The definition: the measure called on every pair."""
-    return np.array([[similarity(x, y, **options) for y in b.values()] for x in a.values()])
-
-
 def norm_ratio(x, y, *, power=1):
     return float(x.norm() / y.norm()) ** power
-
-
-class Net(nn.Sequential):
-    def __init__(self, seed=0, widths=(6, 8, 5)):
-        generator = torch.Generator().manual_seed(seed)
-        layers = [nn.Linear(before, after) for before, after in pairwise(widths)]
-        for layer in layers:
-            nn.init.normal_(layer.weight, generator=generator)
-            nn.init.normal_(layer.bias, generator=generator)
-        super().__init__(*(part for layer in layers for part in (layer, nn.Tanh())))
-
-
-class Deeper(Net):
-    def __init__(self):
-        super().__init__(1, (6, 4, 4, 3))
-
-
-def take(model, data=X, layers="leaves", **options):
-    return capture(model, data, layers, progress=False, **options)
 
 
 MEASURES = {

@@ -1,42 +1,14 @@
 """Minibatch CKA straight from the passes is that of the captured features, and needs the same samples twice."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
+from small_networks import Deeper, N, Net, X, by_pairs, take
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from repgraph import capture, stream_cka
 from repgraph.metrics.similarity import hsic, minibatch_cka
-
-N = 24
-X = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))
-
-
-class Net(nn.Sequential):
-    def __init__(self, seed=0, widths=(6, 8, 5)):
-        generator = torch.Generator().manual_seed(seed)
-        layers = [nn.Linear(before, after) for before, after in pairwise(widths)]
-        for layer in layers:
-            nn.init.normal_(layer.weight, generator=generator)
-            nn.init.normal_(layer.bias, generator=generator)
-        super().__init__(*(part for layer in layers for part in (layer, nn.Tanh())))
-
-
-class Deeper(Net):
-    def __init__(self):
-        super().__init__(1, (6, 4, 4, 3))
-
-
-def take(model, data=X, layers="leaves", **options):
-    return capture(model, data, layers, progress=False, **options)
-
-
-def by_pairs(similarity, a, b, **options):
-    """The definition: the measure called on every pair."""
-    return np.array([[similarity(x, y, **options) for y in b.values()] for x in a.values()])
 
 
 def by_batches(x, y, parts):

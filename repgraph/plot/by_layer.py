@@ -90,17 +90,7 @@ def curve(
     if std is not None and std.notna().any():
         ax.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
     if null is not None:
-        ax.plot(x, null[0], color=GREY, linestyle="--", linewidth=1)
-        ax.fill_between(x, null[0] - null[1], null[0] + null[1], color=GREY, alpha=0.2, linewidth=0)
-        ax.annotate(
-            shuffled,
-            (x[-1], null[0].iloc[-1]),
-            (0, 4),
-            textcoords="offset points",
-            ha="right",
-            color=GREY,
-            size=8,
-        )
+        draw_chance(ax, x, *null, shuffled)
     if name == "modularity" and "ceiling" in curve:
         ax.plot(x, curve["ceiling"], color=GREY, linestyle=":", linewidth=1)
         ax.annotate("ceiling", (x[0], curve["ceiling"].iloc[0]), (0, 4), textcoords="offset points", color=GREY, size=8)
@@ -112,6 +102,16 @@ def curve(
         band = ", band: 1 std over sets" if std is not None and std.notna().any() else ""
         ax.set_title(textwrap.fill(caption(curve) + band, room), loc="left", size=8, color="#444444")
     return ax
+
+
+def draw_chance(
+    ax: Axes, x: np.ndarray, level: pd.Series, std: pd.Series, text: str, *, zorder: float | None = None
+) -> None:
+    """What chance gives at each x: a dashed line, its band of one deviation, and what was shuffled for it."""
+    ax.plot(x, level, color=GREY, linestyle="--", linewidth=1, zorder=zorder)
+    ax.fill_between(x, level - std, level + std, color=GREY, alpha=0.2, linewidth=0, zorder=zorder)
+    at = (x[-1], level.iloc[-1])
+    ax.annotate(text, at, (0, 4), textcoords="offset points", ha="right", color=GREY, size=8)
 
 
 def caption(table: pd.Series | pd.DataFrame) -> str:

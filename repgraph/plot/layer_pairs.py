@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from repgraph.labels import Labels, as_labels
-from repgraph.plot.by_layer import BLUE, GREY, caption, inches, spaced
+from repgraph.plot.by_layer import BLUE, GREY, caption, draw_chance, inches, spaced
 
 _TITLES = {
     "gbs": "GBS",
@@ -257,10 +257,7 @@ def similarity_by_distance(
         draws = null.to_numpy(float).reshape(*table.shape, -1)[chosen]
         by_distance = pd.Series(draws.ravel()).groupby(np.repeat(distance, draws.shape[1]))
         level, std = by_distance.mean(), by_distance.std(ddof=0)
-        ax.plot(level.index, level, color=GREY, linestyle="--", linewidth=1, zorder=1)
-        ax.fill_between(level.index, level - std, level + std, color=GREY, alpha=0.2, linewidth=0, zorder=1)
-        at = (level.index[-1], level.iloc[-1])
-        ax.annotate("samples shuffled", at, (0, 4), textcoords="offset points", ha="right", color=GREY, size=8)
+        draw_chance(ax, level.index.to_numpy(), level, std, "samples shuffled", zorder=1)
     ax.set_xlabel("distance in depth (layers)")
     ax.set_ylabel(_TITLES.get(table.attrs.get("measure", ""), str(table.attrs.get("measure", "similarity"))))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -381,8 +378,8 @@ def _agreement_axes(images: bool, texts: bool, count: int) -> list[Axes]:
 
 def _ordered_scores(ax: Axes, ordered: np.ndarray) -> None:
     ax.plot(np.arange(len(ordered)), ordered, color=BLUE, linewidth=1.5)
-    ax.axhline(ordered.mean(), color=GREY, linestyle="--", linewidth=1)
     mean = ordered.mean()
+    ax.axhline(mean, color=GREY, linestyle="--", linewidth=1)
     ax.annotate(f"mean {mean:.3f}", (0, mean), (2, 3), textcoords="offset points", color=GREY, size=8)
     ax.set_xlabel("samples, least agreement first")
     ax.set_ylabel("agreement of the two layers")
@@ -391,16 +388,18 @@ def _ordered_scores(ax: Axes, ordered: np.ndarray) -> None:
 
 def _as_pictures(images: torch.Tensor | np.ndarray, shown: np.ndarray) -> np.ndarray:
     """The chosen images as (m, h, w) or (m, h, w, 3) in [0, 1], all on the scale of the whole set."""
-    array = np.asarray(images.detach().double().cpu() if isinstance(images, torch.Tensor) else images)
+    pixels = images.detach().cpu() if isinstance(images, torch.Tensor) else np.asarray(images)
+    low, high = float(pixels.min()), float(pixels.max())
+    some = pixels[shown]
+    array = some.double().numpy() if isinstance(some, torch.Tensor) else some
     if array.ndim == 4 and array.shape[-1] not in (1, 3) and array.shape[1] in (1, 3):
         array = np.moveaxis(array, 1, -1)
     if array.ndim == 4 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 3 and not (array.ndim == 4 and array.shape[-1] == 3):
         shapes = "(n, h, w), (n, c, h, w) or (n, h, w, c) with 1 or 3 channels"
-        raise ValueError(f"images must be {shapes}, got {array.shape}")
-    low, high = float(array.min()), float(array.max())
-    return np.asarray((array[shown] - low) / ((high - low) or 1.0))
+        raise ValueError(f"images must be {shapes}, got {tuple(pixels.shape)}")
+    return np.asarray((array - low) / ((high - low) or 1.0))
 
 
 def _lines(ax: Axes, texts: list[str]) -> None:

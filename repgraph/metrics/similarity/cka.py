@@ -37,10 +37,16 @@ def _hsic(product: Tensor, a: Gram, b: Gram, unbiased: bool) -> Tensor:
     """HSIC of two Gram matrices whose entries off the diagonal have the given inner product."""
     n = a.n
     if unbiased:
-        total = a.sums.sum() * b.sums.sum() / ((n - 1) * (n - 2))
-        return (product + total - 2 / (n - 2) * (a.sums @ b.sums)) / (n * (n - 3))
+        return unbiased_hsic(product, a.sums, b.sums)
     r, s = a.sums + a.diagonal, b.sums + b.diagonal
     return (product + a.diagonal @ b.diagonal - 2 / n * (r @ s) + r.sum() * s.sum() / n**2) / (n - 1) ** 2
+
+
+def unbiased_hsic(product: Tensor, sums_a: Tensor, sums_b: Tensor) -> Tensor:
+    """HSIC of two matrices A, B with zero diagonals from sum_ij A_ij B_ji, column sums of A and row sums of B (n,)."""
+    n = len(sums_a)
+    total = sums_a.sum() * sums_b.sum() / ((n - 1) * (n - 2))
+    return (product + total - 2 / (n - 2) * (sums_a @ sums_b)) / (n * (n - 3))
 
 
 def hsic(x: Tensor | Gram, y: Tensor | Gram, *, unbiased: bool = True) -> float:

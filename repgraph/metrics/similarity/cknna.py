@@ -11,9 +11,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from repgraph.metrics.similarity.cka import normalized
-from repgraph.metrics.similarity.gram import WORKSPACE, Gram, gram
+from repgraph.metrics.similarity.cka import normalized, unbiased_hsic
+from repgraph.metrics.similarity.gram import WORKSPACE, Gram, gram, linear_gram
 from repgraph.metrics.similarity.measure import as_number, both, measure
+from repgraph.metrics.similarity.places import located, reordered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,18 +39,14 @@ class Near:
     def permuted(self, order: Tensor) -> Near:
         """The same over the samples in another order."""
         order = order.to(self.place.device)
-        new = torch.empty_like(order)
-        new[order] = torch.arange(self.n, device=order.device)
-        place, by_place = (new[self.place // self.n] * self.n + new[self.place % self.n]).sort()
-        return Near(self.n, self.k, place, self.value[by_place])
+        place, entry = reordered(self.place, order, self.n)
+        return Near(self.n, self.k, place, self.value[entry])
 
 
 def _near(x: Tensor | Gram | Near, k: int = 10) -> Near:
     if isinstance(x, Near):
         return x
-    g = gram(x)
-    if g.kernel != "linear":
-        raise ValueError(f"Gram matrix must have a linear kernel, got {g.kernel}")
+    g = linear_gram(x)
     if isinstance(k, bool) or not isinstance(k, Integral) or not 2 <= k < g.n or g.n < 4:
         raise ValueError(f"k must be an integer with 2 <= k < n and n >= 4, got k = {k!r} with n = {g.n} samples")
     place, value = _nearest(g.off, g.shift, int(k))
@@ -77,9 +74,8 @@ def _nearest(off: Tensor, shift: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _mirror(place: Tensor, n: int) -> Tensor:
     """Index of the place of (j, i) for each place of (i, j), (m,); m where there is none."""
-    mirrored = place % n * n + place // n
-    at = torch.searchsorted(place, mirrored).clamp_max(len(place) - 1)
-    return torch.where(place[at] == mirrored, at, len(place))
+    at, there = located(place, place % n * n + place // n)
+    return torch.where(there, at, len(place))
 
 
 def _alignment(near: Near, a: Tensor, b: Tensor) -> Tensor:
@@ -89,15 +85,13 @@ def _alignment(near: Near, a: Tensor, b: Tensor) -> Tensor:
     product = a @ torch.cat((b, b.new_zeros(1)))[near.mirror]
     column_sums = torch.zeros(n, dtype=a.dtype, device=a.device).index_add_(0, column, a)
     row_sums = torch.zeros(n, dtype=b.dtype, device=b.device).index_add_(0, row, b)
-    total = a.sum() * b.sum() / ((n - 1) * (n - 2))
-    return (product + total - 2 / (n - 2) * (column_sums @ row_sums)) / (n * (n - 3))
+    return unbiased_hsic(product, column_sums, row_sums)
 
 
 def _cknna(a: Near, b: Near) -> Tensor:
     if a.k != b.k:
         raise ValueError(f"layers must have the same k, got {a.k} and {b.k}")
-    at = torch.searchsorted(b.place, a.place).clamp_max(len(b.place) - 1)
-    common = b.place[at] == a.place
+    at, common = located(b.place, a.place)
     cross = _alignment(a, a.value * common, b.value[at] * common)
     return normalized(cross, a.own, b.own)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from repgraph.graph import Graph, Symmetrize, knn_graph
 from repgraph.metrics.similarity.measure import as_number, both, measure
+from repgraph.metrics.similarity.places import located, reordered
 from repgraph.neighbors import as_samples, full_precision
 
 Empty = Literal["zero", "skip"]
@@ -39,11 +40,8 @@ class Rows:
         order = order.to(self.weight.device)
         if self.place is None:
             return Rows(self.n, None, self.weight[order][:, order], self.settings)
-        new = torch.empty_like(order)
-        new[order] = torch.arange(self.n, device=order.device)
-        place = new[self.place // self.n] * self.n + new[self.place % self.n]
-        place, by_place = place.sort()
-        return Rows(self.n, place, self.weight[by_place], self.settings)
+        place, entry = reordered(self.place, order, self.n)
+        return Rows(self.n, place, self.weight[entry], self.settings)
 
 
 def row_cosines(a: Rows, b: Rows) -> Tensor:
@@ -57,8 +55,8 @@ def _row_cosines(place_a: Tensor, weight_a: Tensor, place_b: Tensor, weight_b: T
     cosines = torch.zeros(n, dtype=weight_a.dtype, device=weight_a.device)
     if len(place_b) == 0:
         return cosines
-    at = torch.searchsorted(place_b, place_a).clamp_max(len(place_b) - 1)
-    shared = weight_a * weight_b[at] * (place_b[at] == place_a)
+    at, there = located(place_b, place_a)
+    shared = weight_a * weight_b[at] * there
     return cosines.index_add_(0, place_a // n, shared)
 
 

@@ -132,6 +132,14 @@ def gram(x: Tensor | Gram, *, dtype: torch.dtype | None = None) -> Gram:
     return Gram(off, diagonal, shift, exponent=2 * exponent + int(more))
 
 
+def linear_gram(x: Tensor | Gram, *, dtype: torch.dtype | None = None) -> Gram:
+    """As `gram`; a Gram matrix with another kernel is refused."""
+    g = gram(x, dtype=dtype)
+    if g.kernel != "linear":
+        raise ValueError(f"Gram matrix must have a linear kernel, got {g.kernel}")
+    return g
+
+
 def centred_products(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Products of the centred rows of x (n, d): off the diagonal (n, n), on it (n,), shift (n,), exponent."""
     n, d = x.shape
@@ -170,9 +178,7 @@ def principal_components(x: Tensor | Gram) -> tuple[Tensor, Tensor]:
     if isinstance(x, Tensor) and x[:1].numel() < len(x):
         vectors, values, least = _components(as_samples(x))
     else:
-        g = x if isinstance(x, Gram) else gram(x, dtype=torch.float64)
-        if g.kernel != "linear":
-            raise ValueError(f"Gram matrix must have a linear kernel, got {g.kernel}")
+        g = linear_gram(x, dtype=torch.float64)
         vectors, values, least = _components_of_gram(g.off, g.diagonal)
     rank = int((values > least).sum())
     return vectors[:, :rank], values[:rank]

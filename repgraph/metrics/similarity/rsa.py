@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from repgraph.metrics.similarity.gram import Gram, gram, squared_distances
+from repgraph.metrics.similarity.gram import Gram, gram, linear_gram, squared_distances
 from repgraph.metrics.similarity.measure import as_number, both, measure
 from repgraph.neighbors import as_samples
 
@@ -51,9 +51,7 @@ def _dissimilarities(
     if compare not in ("spearman", "pearson", "cosine"):
         raise ValueError(f"compare must be 'spearman', 'pearson' or 'cosine', got {compare!r}")
     if rdm in ("euclidean", "sqeuclidean"):
-        g = gram(x)
-        if g.kernel != "linear":
-            raise ValueError(f"Gram matrix must have a linear kernel, got {g.kernel}")
+        g = linear_gram(x)
         matrix = _without_noise(squared_distances(g), g.diagonal)
         # Ranks of distances are those of their squares.
         matrix = matrix.sqrt_() if rdm == "euclidean" and compare != "spearman" else matrix

@@ -12,7 +12,7 @@ import numpy as np
 from gudhi.sklearn.rips_persistence import RipsPersistence
 from torch import Tensor
 
-from repgraph.metrics.similarity.gram import Gram, gram, squared_distances
+from repgraph.metrics.similarity.gram import Gram, gram, linear_gram, squared_distances
 from repgraph.metrics.similarity.measure import as_number, both, measure
 
 
@@ -36,9 +36,7 @@ class Distances:
 def _distances(x: Tensor | Gram | Distances) -> Distances:
     if isinstance(x, Distances):
         return x
-    g = gram(x)
-    if g.kernel != "linear":
-        raise ValueError(f"Gram matrix must have a linear kernel, got {g.kernel}")
+    g = linear_gram(x)
     return Distances(squared_distances(g).sqrt_())
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from related_layers import X, Y, layers
 from scipy.spatial.distance import cdist, pdist
 from torch._subclasses import FakeTensorMode
 
@@ -18,16 +19,6 @@ from repgraph.metrics.similarity.gram import Gram, centred_products, dot, princi
 from repgraph.metrics.similarity.minibatch import BatchGram, BatchGrams, _centred, _minibatch_cka
 
 seeds = st.integers(0, 2**32 - 1)
-X = torch.tensor([[1, 0], [0, 1], [1, 1], [2, 1], [0, 2], [3, 1]], dtype=torch.float64)
-Y = torch.tensor([[1, 2, 0], [2, 0, 1], [0, 1, 1], [1, 1, 3], [3, 0, 1], [1, 2, 2]], dtype=torch.float64)
-
-
-def layers(seed, n=24, d=5):
-    """Two layers that share a part, and the generator."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    y = x @ torch.randn(d, d + 2, generator=generator, dtype=torch.float64)
-    return x, y + 2 * torch.randn(n, d + 2, generator=generator, dtype=torch.float64), generator
 
 
 def kernel(x, bandwidth=None):

@@ -8,22 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from related_layers import X, Y, layers
 from torch._subclasses import FakeTensorMode
 
 from repgraph.metrics.similarity import cknna, gram, linear_cka, rbf_cka
 from repgraph.metrics.similarity.cknna import Near, _cknna, _near, _nearest
 
 seeds = st.integers(0, 2**32 - 1)
-X = torch.tensor([[1, 0], [0, 1], [1, 1], [2, 1], [0, 2], [3, 1]], dtype=torch.float64)
-Y = torch.tensor([[1, 2, 0], [2, 0, 1], [0, 1, 1], [1, 1, 3], [3, 0, 1], [1, 2, 2]], dtype=torch.float64)
-
-
-def layers(seed, n=24, d=5):
-    """Two layers that share a part, and the generator."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    y = x @ torch.randn(d, d + 2, generator=generator, dtype=torch.float64)
-    return x, y + 2 * torch.randn(n, d + 2, generator=generator, dtype=torch.float64), generator
 
 
 def products(x):

@@ -2,9 +2,11 @@
 
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
+import related_layers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,18 +18,11 @@ from repgraph.metrics.similarity.gbs import Rows, _dense, _isolated, _row_cosine
 from repgraph.metrics.similarity.mutual_knn import _as_rows, _overlap
 
 seeds = st.integers(0, 2**32 - 1)
+layers = partial(related_layers.layers, noise=1.0)
 X3 = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
 Y3 = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], dtype=torch.float64)
 X6 = torch.tensor([[1, 0], [0, 1], [1, 1], [2, 1], [0, 2], [3, 1]], dtype=torch.float64)
 Y6 = torch.tensor([[1, 2, 0], [2, 0, 1], [0, 1, 1], [1, 1, 3], [3, 0, 1], [1, 2, 2]], dtype=torch.float64)
-
-
-def layers(seed, n=24, d=5, noise=1.0):
-    """Two layers that share a part, and the generator."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    y = x @ torch.randn(d, d + 2, generator=generator, dtype=torch.float64)
-    return x, y + noise * torch.randn(n, d + 2, generator=generator, dtype=torch.float64), generator
 
 
 def neighbors(x, k):

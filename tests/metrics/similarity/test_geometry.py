@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from related_layers import X, Y, layers
 from scipy.linalg import orth, subspace_angles
 from scipy.spatial import procrustes as scipy_procrustes
 from scipy.spatial.distance import cdist, pdist
@@ -24,16 +25,6 @@ from repgraph.metrics.similarity.svcca import Subspace, _mean_correlation
 seeds = st.integers(0, 2**32 - 1)
 RDMS = ["euclidean", "sqeuclidean", "correlation", "cosine"]
 COMPARE = ["spearman", "pearson", "cosine"]
-X = torch.tensor([[1, 0], [0, 1], [1, 1], [2, 1], [0, 2], [3, 1]], dtype=torch.float64)
-Y = torch.tensor([[1, 2, 0], [2, 0, 1], [0, 1, 1], [1, 1, 3], [3, 0, 1], [1, 2, 2]], dtype=torch.float64)
-
-
-def layers(seed, n=24, d=5):
-    """Two layers that share a part, and the generator."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    y = x @ torch.randn(d, d + 2, generator=generator, dtype=torch.float64)
-    return x, y + 2 * torch.randn(n, d + 2, generator=generator, dtype=torch.float64), generator
 
 
 def plain_rsa(x, y, rdm="euclidean", compare="spearman"):

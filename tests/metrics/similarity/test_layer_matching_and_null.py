@@ -1,10 +1,12 @@
 """Layer matching and the permutation null by hand and as theorems."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
+import related_layers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +30,7 @@ from repgraph.metrics.similarity import (
 )
 
 seeds = st.integers(0, 2**32 - 1)
+layers = partial(related_layers.layers, noise=1.0)
 
 
 def table(values, rows=None, columns=None):
@@ -37,14 +40,6 @@ def table(values, rows=None, columns=None):
 
 def stage(name):
     return name.split(".")[0]
-
-
-def layers(seed, n=24, d=5):
-    """Two layers that share a part, and the generator."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    y = x @ torch.randn(d, d + 2, generator=generator, dtype=torch.float64)
-    return x, y + torch.randn(n, d + 2, generator=generator, dtype=torch.float64), generator
 
 
 # Layer matching
