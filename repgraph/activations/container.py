@@ -41,6 +41,8 @@ class Spec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    gates: int | None = None
+    """Number of gates, where the entry is gates packed eight to a byte."""
 
     @property
     def nbytes(self) -> int:
@@ -228,7 +230,10 @@ class Activations(Mapping[str, Tensor]):
         try:
             index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
             n, labels, hashes, ids = (index[key] for key in ("n", "labels", "input_hashes", "sample_ids"))
-            specs = {item["name"]: Spec(tuple(item["shape"]), dtypes[item["dtype"]]) for item in index["layers"]}
+            specs = {
+                item["name"]: Spec(tuple(item["shape"]), dtypes[item["dtype"]], item.get("gates"))
+                for item in index["layers"]
+            }
             files = {item["name"]: path / item["file"] for item in index["layers"]}
             if labels is not None:
                 values, kind = labels["values"], labels["dtype"]
@@ -365,7 +370,13 @@ class Writer:
         index = {
             "n": self.n,
             "layers": [
-                {"name": name, "file": self._names[name], "shape": spec.shape, "dtype": _CODES[spec.dtype]}
+                {
+                    "name": name,
+                    "file": self._names[name],
+                    "shape": spec.shape,
+                    "dtype": _CODES[spec.dtype],
+                    "gates": spec.gates,
+                }
                 for name, spec in self.specs.items()
             ],
             "labels": None
@@ -393,6 +404,8 @@ def readable(nbytes: float) -> str:
 
 
 def _shape(spec: Spec) -> str:
+    if spec.gates is not None:
+        return f"{spec.gates} gates"
     return " x ".join(map(str, spec.shape)) or "scalar"
 
 

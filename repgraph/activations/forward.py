@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 
 import numpy as np
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from repgraph.activations.batches import Batch, model_device, model_dtype, to_device
+from repgraph.activations.gates import Kinks, Watch, watched
 
 Forward = Callable[[nn.Module, object], object]
 Visit = Callable[[str, nn.Module, Tensor, Batch], None]
+SeeGate = Callable[[str, Tensor, Kinks, Batch], None]
 
 
 def run(
@@ -25,6 +27,7 @@ def run(
     batches: Iterable[Batch],
     visit: Visit,
     *,
+    gates: SeeGate | None = None,
     forward: Forward | None = None,
     passes: int = 0,
     progress: str | None = None,
@@ -36,6 +39,7 @@ def run(
     later in-place operation can change the output. The second call of a module within one forward pass has the key
     "name#1", the third "name#2".
 
+    ReLU-like calls reach ``gates(key, z, kinks, batch)`` with their input z, before they are computed.
     `passes` counts the passes over the same data so far. Later ones draw other random numbers than the first, so that a
     shuffling loader cannot repeat itself unseen.
     `progress` is the description of a progress bar.
@@ -44,14 +48,25 @@ def run(
     calls: Counter[str] = Counter()
     current: list[Batch] = []
     last = ""
+    watch: Watch | None = None
 
     def hook_for(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, _: object, output: object) -> None:
             nonlocal last
             key = last = call_key(name, calls)
+            if watch is not None:
+                watch.paused = True  # what is done with an output is not the model's
             visit(key, module, first_tensor(output, key), current[0])
+            if watch is not None:
+                watch.paused = False
 
         return hook
+
+    def see(key: str, z: Tensor, kinks: Kinks) -> None:
+        nonlocal last
+        last = key
+        assert gates is not None
+        gates(key, z, kinks, current[0])
 
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
@@ -67,7 +82,7 @@ def run(
             current[:] = [batch]
             last = ""
             try:
-                with torch.no_grad():
+                with torch.no_grad(), watched(model, see) if gates is not None else nullcontext() as watch:
                     if forward is not None:
                         forward(model, to_device(batch.raw, device))
                     elif isinstance(batch.inputs, Mapping):

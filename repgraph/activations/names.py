@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from repgraph.activations.batches import model_device, model_dtype, to_device
 from repgraph.activations.container import Spec
 from repgraph.activations.forward import call_key, first_tensor, kept_random_state
-from repgraph.activations.layers import Select, choose, unwrap
-from repgraph.activations.recording import Recording
+from repgraph.activations.gates import GATES, Kinks, matches, wanted_gates, watched
+from repgraph.activations.layers import Select, choose, items_of, unwrap
+from repgraph.activations.recording import Recording, gate_spec
 
 
 class LayerNames(list[str]):
@@ -88,21 +89,29 @@ def layer_names(model: nn.Module, select: Select = "blocks", data: object = None
       2  Conv2d  8 x 220 x 220
     """
     model = unwrap(model)
-    modules = choose(model, select)
+    items = items_of(model, select)
+    patterns = wanted_gates(items)
+    items = [item for item in items if not wanted_gates([item])]
     if data is not None:
         found = Recording(model, data, select, None, None, None, 2, 2, progress=False)
-        names, specs, given = list(found.specs), found.specs, "for the given data"
+        modules, names, specs, given = found.modules, list(found.specs), found.specs, "for the given data"
     else:
+        modules = choose(model, items) if items or not patterns else {}
         names, specs, given = list(modules), {}, "in order of registration"
         lazy = any(nn.parameter.is_lazy(p) for p in model.parameters())
         for example in () if lazy else _assumed_inputs(model):
-            with_shapes = _fake_shapes(model, modules, example)
+            with_shapes = _fake_shapes(model, modules, example, patterns)
             if with_shapes:
                 names, specs = list(with_shapes), with_shapes
                 given = f"for an assumed input of {_text(example)}"
                 break
+        else:
+            if patterns:
+                raise ValueError("gates are known once the model runs, and no assumed input fits: pass data=")
     kinds = {
-        name: type(modules[name.split("#")[0]] if name.split("#")[0] in modules else modules[name]).__name__
+        name: "gates"
+        if name in specs and specs[name].gates is not None
+        else type(modules[name.split("#")[0]] if name.split("#")[0] in modules else modules[name]).__name__
         for name in names
     }
     return LayerNames(names, kinds, specs, given)
@@ -130,7 +139,7 @@ def _assumed_inputs(model: nn.Module) -> Iterator[object]:
             return
 
 
-def _fake_shapes(model: nn.Module, names: Iterable[str], example: object) -> dict[str, Spec]:
+def _fake_shapes(model: nn.Module, names: Iterable[str], example: object, patterns: Sequence[str]) -> dict[str, Spec]:
     """What the layers give for an example input, from a copy of the model on fake tensors; empty if it does not run."""
     specs: dict[str, Spec] = {}
     calls: Counter[str] = Counter()
@@ -140,6 +149,11 @@ def _fake_shapes(model: nn.Module, names: Iterable[str], example: object) -> dic
         x = first_tensor(output, key)
         specs[key] = Spec(tuple(x.shape[1:]), x.dtype)
 
+    def see(key: str, z: Tensor, kinks: Kinks) -> None:
+        for name in kinks.keys(GATES + key):
+            if matches(name, patterns):
+                specs[name] = gate_spec(z)
+
     try:
         example = to_device(example, model_device(model), model_dtype(model))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -147,7 +161,7 @@ def _fake_shapes(model: nn.Module, names: Iterable[str], example: object) -> dic
             copied = deepcopy(model).eval()
         for name in names:
             copied.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: hook(name, output))
-        with fake, torch.no_grad():
+        with fake, torch.no_grad(), watched(copied, see):
             copied(**example) if isinstance(example, Mapping) else copied(example)
     except Exception:  # any model may refuse any guess, for any reason
         return {}

@@ -53,6 +53,10 @@ def capture(
     layers
         "blocks" (residual blocks and stem, transformer blocks, convs of a plain chain), "leaves", a name, a wildcard
         ("layer1.*"), a module type, a predicate (name, module) -> bool, or a list of names, wildcards and types.
+        "gates" takes which side of its kink each ReLU-like unit is on, wherever the model calls one, as a module or a
+        function: packed bits (n, ceil(D / 8)), uint8, for D units; "gates:layer1.*" some of them. They are named
+        "gates:" and the module, or "gates:name#relu0", "gates:name#relu1", ... for calls of functions inside a module;
+        the second kink of hardtanh and ReLU6 has "/upper" behind it.
     labels
         Labels in the order of the data; they replace those of the batches.
     reduce

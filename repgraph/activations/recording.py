@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from repgraph.activations.batches import Batch, Source
 from repgraph.activations.container import Spec
 from repgraph.activations.forward import Forward, reseed, run
-from repgraph.activations.layers import Select, choose, items_of, unwrap
+from repgraph.activations.gates import GATES, Kinks, matches, pack, wanted_gates
+from repgraph.activations.layers import Item, Select, choose, items_of, unwrap
 from repgraph.activations.reduce import ChannelAxis, Reduce, reduced
 
 _PROBE = 4096  # numbers compared per layer between two runs of the first batch
@@ -36,7 +37,10 @@ class Recording:
         progress: bool,
     ) -> None:
         self.model = unwrap(model)
-        self.modules = choose(self.model, layers)
+        items = items_of(self.model, layers)
+        self.patterns = wanted_gates(items)
+        items = [item for item in items if not wanted_gates([item])]
+        self.modules = choose(self.model, items) if items or not self.patterns else {}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 state = "is not initialized (lazy)" if nn.parameter.is_lazy(tensor) else "is on the meta device"
@@ -49,21 +53,38 @@ class Recording:
         self._iterator: Iterator[Batch] | None = iter(self.source)
         self._first = next(self._iterator)
         self._probes: dict[str, Tensor] = {}
-        self.specs = self._probe(layers)
+        self.specs = self._probe(items)
 
-    def _probe(self, layers: Select) -> dict[str, Spec]:
+    def _probe(self, items: Sequence[Item]) -> dict[str, Spec]:
         """Run the first batch once, to see which layers run in which order and what they give."""
         specs: dict[str, Spec] = {}
+        all_gates: list[str] = []
 
         def look(key: str, module: nn.Module, x: Tensor, batch: Batch) -> None:
             value = self._value(key, module, x, batch)
             specs[key] = Spec(tuple(value.shape[1:]), value.dtype)
             self._probes[key] = _sample(value)
 
-        with closing(run(self.model, self.modules, [self._first], look, forward=self.forward)) as batches:
+        def look_at_gates(key: str, z: Tensor, kinks: Kinks, batch: Batch) -> None:
+            for name in kinks.keys(GATES + key):
+                all_gates.append(name)
+                if matches(name, self.patterns):
+                    _check_batch(name, z, batch)
+                    specs[name] = gate_spec(z)
+                    self._probes[name] = _sample(z)
+
+        seen = look_at_gates if self.patterns else None
+        with closing(run(self.model, self.modules, [self._first], look, gates=seen, forward=self.forward)) as batches:
             for _ in batches:
                 pass
-        items = items_of(self.model, layers)
+        for pattern in self.patterns:
+            if not any(matches(name, [pattern]) for name in all_gates):
+                found = f"the gates are {', '.join(all_gates)}" if all_gates else "none was called"
+                which = "" if pattern == f"{GATES}*" else f" {pattern!r}"
+                raise ValueError(
+                    f"no gate{which} in the model: gates are those of ReLU, leaky and parametric ReLU, threshold, "
+                    f"hardtanh, ReLU6, hardsigmoid and clamp from 0; {found}"
+                )
         exact = [item for item in items if isinstance(item, str) and re.search(r"#\d+$", item)]
         silent = [name for name in self.modules if name not in specs]
         named = [name for name in (*silent, *exact) if name in items and name not in specs]
@@ -79,16 +100,13 @@ class Recording:
         return specs
 
     def _value(self, key: str, module: nn.Module, x: Tensor, batch: Batch) -> Tensor:
-        if x.ndim == 0 or len(x) != batch.size:
-            raise ValueError(
-                f"layer {key!r} gives shape {tuple(x.shape)} for a batch of {batch.size} samples: its first axis must "
-                "be the batch (batch_first=True in torch's attention and recurrent layers)"
-            )
+        _check_batch(key, x, batch)
         return reduced(x, self.reduce, mask=batch.mask, channel_axis=self.channel_axis, key=key, module=module)
 
     def run(self, names: Sequence[str], keep: Callable[[str, Tensor], None], description: str = "capture") -> None:
         """One pass that hands the batches of the named layers to `keep`, in order, and checks everything on the way."""
         wanted = set(names)
+        with_gates = any(self.specs[name].gates is not None for name in names)
         modules = {
             name: m
             for name, m in self.modules.items()
@@ -111,13 +129,29 @@ class Recording:
                 )
             if value.is_floating_point() and value.numel():
                 extremes.append((key, torch.stack(value.aminmax())))  # both are NaN where any entry is
-            if batch.start == 0 and not _alike(_sample(value), self._probes[key], value.dtype):
-                raise ValueError(
-                    f"layer {key!r} differs between two runs of the first batch: the forward pass is random "
-                    "(functional dropout, noise) even in eval mode"
-                )
+            if batch.start == 0:
+                self._compare_probe(key, value)
             seen.add(key)
             keep(key, value)
+
+        def see(key: str, z: Tensor, kinks: Kinks, batch: Batch) -> None:
+            for name, bits in zip(kinks.keys(GATES + key), kinks.bits(z), strict=True):
+                if name not in wanted:
+                    if name not in self._probes and matches(name, self.patterns):
+                        raise ValueError(f"layer {name!r} runs at sample {batch.start}, but not in the first batch")
+                    continue
+                _check_batch(name, z, batch)
+                count, expected = bits[0].numel(), self.specs[name].gates
+                if count != expected:
+                    raise ValueError(
+                        f"layer {name!r} has {count} units at sample {batch.start}, expected {expected} as in the "
+                        "first batch: pass inputs of equal size"
+                    )
+                extremes.append((name, torch.stack(z.aminmax())))
+                if batch.start == 0:
+                    self._compare_probe(name, z)
+                seen.add(name)
+                keep(name, pack(bits.flatten(1)))
 
         first = self._iterator is not None
         batches = chain([self._first], self._iterator) if self._iterator is not None else iter(self.source)
@@ -127,6 +161,7 @@ class Recording:
             modules,
             batches,
             visit,
+            gates=see if with_gates else None,
             forward=self.forward,
             passes=self.passes,
             progress=description if self.progress else None,
@@ -154,6 +189,13 @@ class Recording:
             self.hashes = torch.cat(hashes)
             self.labels = _joined(labels, self.source.n)
 
+    def _compare_probe(self, key: str, x: Tensor) -> None:
+        if not _alike(_sample(x), self._probes[key], x.dtype):
+            raise ValueError(
+                f"layer {key!r} differs between two runs of the first batch: the forward pass is random "
+                "(functional dropout, noise) even in eval mode"
+            )
+
     def _compare(self, hashes: Tensor, batch: Batch) -> None:
         differ = (hashes != self.hashes[batch.start : batch.start + batch.size]).nonzero()
         if len(differ):
@@ -168,6 +210,20 @@ class Recording:
         reseed(self.passes)
         batch = next(iter(self.source))
         self._compare(batch.hashes(), batch)
+
+
+def gate_spec(z: Tensor) -> Spec:
+    """What is kept of the gates of a call with input z (b, ...): one bit per unit, eight to a byte."""
+    count = z[0].numel()
+    return Spec((-(-count // 8),), torch.uint8, count)
+
+
+def _check_batch(key: str, x: Tensor, batch: Batch) -> None:
+    if x.ndim == 0 or len(x) != batch.size:
+        raise ValueError(
+            f"layer {key!r} gives shape {tuple(x.shape)} for a batch of {batch.size} samples: its first axis must "
+            "be the batch (batch_first=True in torch's attention and recurrent layers)"
+        )
 
 
 def _sample(x: Tensor) -> Tensor:

@@ -154,20 +154,30 @@ def centred_products(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
         z = torch.sub(part, mean, out=workspace[: part.numel()].view_as(part))
         projection += z @ mean
         square += mean.double().square().sum()
-        for i in range(0, n, _BLOCK):
-            off[i : i + _BLOCK, i:].addmm_(z[i : i + _BLOCK], z[i:].T)
+        add_products_(off, z)
     diagonal = off.diagonal().to(torch.float64, copy=True)
     # What is left of constant features is the rounding of their mean.
     varies = diagonal.sum() > (16 * torch.finfo(dtype).eps) ** 2 * n * square
     exponent = torch.frexp(diagonal.mean()).exponent
     factor = torch.exp2(-exponent.double())
-    off = off.fill_diagonal_(0).mul_((varies * factor).to(dtype))
-    for i in range(0, n, _BLOCK):
-        j = min(i + _BLOCK, n)
-        corner = off[i:j, i:j].triu()
-        off[i:j, i:j] = corner + corner.T
-        off[j:, i:j] = off[i:j, j:].T
+    off = mirror_(off.fill_diagonal_(0).mul_((varies * factor).to(dtype)))
     return off, diagonal * varies * factor, (projection.double() + square / 2) * factor, exponent
+
+
+def add_products_(matrix: Tensor, z: Tensor) -> None:
+    """Add the products of all pairs of rows of z (n, d) to the upper half of a matrix (n, n)."""
+    for i in range(0, len(z), _BLOCK):
+        matrix[i : i + _BLOCK, i:].addmm_(z[i : i + _BLOCK], z[i:].T)
+
+
+def mirror_(matrix: Tensor) -> Tensor:
+    """Copy the upper half of a square matrix to the lower."""
+    for i in range(0, len(matrix), _BLOCK):
+        j = min(i + _BLOCK, len(matrix))
+        corner = matrix[i:j, i:j]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[j:, i:j] = matrix[i:j, j:].T
+    return matrix
 
 
 def principal_components(x: Tensor | Gram) -> tuple[Tensor, Tensor]:
