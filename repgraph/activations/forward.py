@@ -82,7 +82,7 @@ def run(
             current[:] = [batch]
             last = ""
             try:
-                with torch.no_grad(), watched(model, see) if gates is not None else nullcontext() as watch:
+                with torch.no_grad(), watched(model, see, Watch) if gates is not None else nullcontext() as watch:
                     if forward is not None:
                         forward(model, to_device(batch.raw, device))
                     elif isinstance(batch.inputs, Mapping):

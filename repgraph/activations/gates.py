@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -138,10 +138,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return f"{name}#relu{self.calls[f'{name}#relu'] - 1}"
 
 
+W = TypeVar("W", bound=Watch)
+
+
 @contextmanager
-def watched(model: nn.Module, visit: GateVisit) -> Iterator[Watch]:
-    """Inside, which is to hold one forward pass, the visitor sees every ReLU-like call of the model."""
-    watch = Watch(visit)
+def watched(model: nn.Module, visit: GateVisit, kind: type[W]) -> Iterator[W]:
+    """Inside, which is to hold one forward pass, the visitor sees every ReLU-like call of the model.
+
+    `kind` is `Watch` or a class of its kind that sees more.
+    """
+    watch = kind(visit)
 
     def enter(name: str) -> Callable[[nn.Module, object], None]:
         return lambda module, _: watch.running.append((name, module))

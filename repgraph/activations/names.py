@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from repgraph.activations.batches import model_device, model_dtype, to_device
 from repgraph.activations.container import Spec
 from repgraph.activations.forward import call_key, first_tensor, kept_random_state
-from repgraph.activations.gates import GATES, Kinks, matches, wanted_gates, watched
+from repgraph.activations.gates import GATES, Kinks, Watch, matches, wanted_gates, watched
 from repgraph.activations.layers import Select, choose, items_of, unwrap
 from repgraph.activations.recording import Recording, gate_spec
 
@@ -161,7 +161,7 @@ def _fake_shapes(model: nn.Module, names: Iterable[str], example: object, patter
             copied = deepcopy(model).eval()
         for name in names:
             copied.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: hook(name, output))
-        with fake, torch.no_grad(), watched(copied, see):
+        with fake, torch.no_grad(), watched(copied, see, Watch):
             copied(**example) if isinstance(example, Mapping) else copied(example)
     except Exception:  # any model may refuse any guess, for any reason
         return {}
