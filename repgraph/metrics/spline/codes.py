@@ -32,6 +32,11 @@ class RegionCodes:
         return max((columns.stop for columns in self.layers.values()), default=0)
 
     @property
+    def unpacked(self) -> Tensor:
+        """The bits (N, D), uint8, whether packed or not."""
+        return torch.cat([self.layer(name) for name in self.layers], 1) if self.packed else self.bits
+
+    @property
     def n_unique(self) -> int:
         """Number of distinct codes: cells that hold a sample."""
         return len(np.unique(self.bits.cpu().numpy(), axis=0))

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repgraph.metrics.spline.affine import Call, HeldNetwork
+from repgraph.metrics.spline.affine import AffineNetwork, Call
+from repgraph.metrics.spline.codes import RegionCodes
 
 _ON = 1e-12
 
@@ -19,20 +20,23 @@ class SegmentPartition:
 
     t: Tensor
     """Borders between the cells, with 0 and 1, (R + 1,) float64, rising."""
-    codes: Tensor
-    """Region code of each cell, (R, D) uint8."""
-    layers: dict[str, slice]
-    """Gate layer -> its columns in the codes; of a max pooling, one for each entry of each window: the largest."""
+    region: RegionCodes
+    """Region codes of the cells, packed; a max pooling has one gate for each entry of each window: the largest."""
     values: Tensor
     """Outputs at both ends of each cell, (R, 2, outputs) float64: affine in between."""
 
     @property
+    def codes(self) -> Tensor:
+        """Region code of each cell, (R, D) uint8."""
+        return self.region.unpacked
+
+    @property
     def count(self) -> int:
         """Number of cells R."""
-        return len(self.codes)
+        return len(self.region)
 
     def __repr__(self) -> str:
-        return f"SegmentPartition(cells={self.count}, gates={self.codes.shape[1]}, layers={len(self.layers)})"
+        return f"SegmentPartition(cells={self.count}, gates={self.region.gates}, layers={len(self.region.layers)})"
 
 
 def segment_regions(model: nn.Module, x0: Tensor, x1: Tensor, *, max_regions: int = 100_000) -> SegmentPartition:
@@ -87,83 +91,59 @@ def segment_regions(model: nn.Module, x0: Tensor, x1: Tensor, *, max_regions: in
         raise ValueError("x0 and x1 must be finite, got NaN or infinite values")
     if torch.equal(x0, x1):
         raise ValueError("x0 and x1 must differ: the segment has no length")
-    net = HeldNetwork(model, x0)
+    net = AffineNetwork(model, x0)
     points = torch.stack((x0, x1)).double()
-    t = np.array([0.0, 1.0])
-    held: list[Tensor] = []
-    size = np.zeros(1)  # largest value met on each interval, for its rounding
-    for call in net.calls:
-        parents, intervals, bits = [], [], []
-        for chunk in net.chunks(len(t) - 1, 2):
-            forms = net.forms(points, [code[chunk] for code in held]).numpy()
-            with np.errstate(invalid="ignore"):
-                peak = np.abs(np.where(np.isfinite(forms), forms, 0)).max(tuple({0, *range(2, forms.ndim)}))
-            size[chunk] = np.maximum(size[chunk], peak)
-            low, high = t[:-1][chunk], t[1:][chunk]
-            own, pieces = _cut(call, forms, low, high, size[chunk])
-            parents.append(own + chunk.start)
-            intervals.append(pieces)
-            bits.append(_bits(call, forms[:, own], pieces.mean(1), size[chunk][own]))
-        parent, cuts, code = np.concatenate(parents), np.concatenate(intervals), torch.from_numpy(np.concatenate(bits))
+    whole = _Intervals(np.zeros(1), np.ones(1), np.zeros(1))
+    ends, codes, values = [], [], []
+    for cells, code, out in net.walk(points, whole, max_regions, len(net.calls), lambda count: None):
+        assert out is not None
+        t = torch.from_numpy(np.stack((cells.low, cells.high), 1))
+        ends.append(t)
+        codes.append(code)
+        values.append(out[0][:, None] + t[..., None] * (out[1] - out[0])[:, None])
+    t, order = torch.cat(ends), torch.cat(ends)[:, 0].argsort()
+    region = RegionCodes(torch.cat([code.bits for code in codes])[order], codes[0].layers, packed=True)
+    outputs = torch.cat(values)[order]
+    middle = t[order].mean(1).view(-1, *[1] * x0.ndim)
+    net.check(points[0] + middle * (points[1] - points[0]), region, outputs.mean(1))
+    return SegmentPartition(torch.cat((t[order][:, 0], torch.ones(1, dtype=t.dtype))), region, outputs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Intervals:
+    """Intervals of t, from low to high, and the largest absolute value met on each, for its rounding."""
+
+    low: np.ndarray
+    high: np.ndarray
+    size: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.low)
+
+    def part(self, a: int, b: int) -> _Intervals:
+        return _Intervals(self.low[a:b], self.high[a:b], self.size[a:b])
+
+    def cut(self, call: Call, z: np.ndarray, limit: int) -> tuple[_Intervals, np.ndarray, np.ndarray]:
+        finite = np.where(np.isfinite(z), np.abs(z), 0)
+        size = np.maximum(self.size, finite.max(tuple({0, *range(2, z.ndim)})))
+        parent, low, high = _cut(z, self.low, self.high, size)
+        bits = _bits(z[:, parent], (low + high) / 2, size[parent])
         # An interval of the same code as the one before it, in one parent, is no new cell.
-        same = (parent[1:] == parent[:-1]) & (code[1:] == code[:-1]).all(1).numpy()
-        first = np.concatenate(([True], ~same))
-        parent, code, t = parent[first], code[first], np.append(cuts[first, 0], 1.0)
-        if len(parent) > max_regions:
-            raise ValueError(f"max_regions is {max_regions}, and the segment has more cells after {call.key!r}")
-        held = [earlier[parent] for earlier in held] + [code]
-        size = size[parent]
-    middle = torch.from_numpy((t[:-1] + t[1:]) / 2)
-    out = torch.cat([net.forms(points, [code[chunk] for code in held]) for chunk in net.chunks(len(t) - 1, 2)], 1)
-    borders = torch.from_numpy(t)
-    ends = torch.stack((borders[:-1], borders[1:]), 1)[..., None]
-    values = out[0][:, None] + ends * (out[1] - out[0])[:, None]
-    inputs = points[0] + middle.view(-1, *[1] * x0.ndim) * (points[1] - points[0])
-    check(net, inputs, held, values.mean(1))
-    codes, layers = joined(net.calls, held)
-    return SegmentPartition(borders, codes, layers, values)
-
-
-def joined(calls: list[Call], held: list[Tensor]) -> tuple[Tensor, dict[str, slice]]:
-    """The codes of all calls side by side, (R, D) uint8, and each gate layer's columns."""
-    layers: dict[str, slice] = {}
-    start = 0
-    for call in calls[: len(held)]:
-        for name, width in call.columns().items():
-            layers[name] = slice(start, start + width)
-            start += width
-    return torch.cat(held, 1).to(torch.uint8), layers
-
-
-def check(net: HeldNetwork, inputs: Tensor, held: list[Tensor], outputs: Tensor | None) -> None:
-    """Compare cells with the network itself at one input in each.
-
-    Raises
-    ------
-    ValueError
-        If gates or outputs differ beyond rounding: the network is not affine between the gates that were found.
-    """
-    for chunk in net.chunks(len(inputs), 2):
-        found, out = net.codes(inputs[chunk])
-        bad = any(bool(((bits != b[chunk]) & sure).any()) for (bits, sure), b in zip(found, held, strict=False))
-        if outputs is not None:
-            bad |= bool(((out - outputs[chunk]).abs() > 1e-6 * (out.abs().amax() + outputs[chunk].abs().amax())).any())
-        if bad:
-            raise ValueError(
-                "the model is not affine between its gates: something in it is neither affine nor a ReLU-like "
-                "function or 2-D max pooling (a product of activations, a norm, an absolute value, control flow)"
-            )
+        new = np.append(True, (parent[1:] != parent[:-1]) | (bits[1:] != bits[:-1]).any(1))
+        last = np.append(new[1:], True)
+        parent = parent[new]
+        return _Intervals(low[new], high[last], size[parent]), parent, bits[new]
 
 
 def _cut(
-    call: Call, forms: np.ndarray, low: np.ndarray, high: np.ndarray, size: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Intervals after the cuts of a call: number of the parent, (r,), and both ends, (r, 2), in order."""
+    z: np.ndarray, low: np.ndarray, high: np.ndarray, size: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Intervals between the zeros of the values z (2, cells, ...): parents, low, high, in order."""
     with np.errstate(divide="ignore", invalid="ignore"):  # padding is -inf
-        if call.entries:
-            first, second = np.triu_indices(call.entries, 1)
-            forms = forms[..., first] - forms[..., second]
-        values = forms.reshape(2, len(low), -1)
+        if z.ndim == 4:
+            first, second = np.triu_indices(z.shape[3], 1)
+            z = z[..., first] - z[..., second]
+        values = z.reshape(2, len(low), -1)
         t = -values[0] / (values[1] - values[0])
     noise = np.abs(values).max(0) <= _ON * size[:, None]  # vanishes on the interval but for rounding
     inside = (t > low[:, None] + _ON) & (t < high[:, None] - _ON) & ~noise
@@ -172,22 +152,21 @@ def _cut(
     begin = np.concatenate((low, t[cell, unit]))
     order = np.lexsort((begin, owner))
     owner, begin = owner[order], begin[order]
-    keep = np.concatenate(([True], (owner[1:] != owner[:-1]) | (begin[1:] - begin[:-1] > _ON)))
+    keep = np.append(True, (owner[1:] != owner[:-1]) | (begin[1:] - begin[:-1] > _ON))
     owner, begin = owner[keep], begin[keep]
-    last = np.append(owner[1:] != owner[:-1], True)
-    end = np.where(last, high[owner], np.append(begin[1:], 0.0))
-    return owner, np.stack((begin, end), 1)
+    end = np.append(begin[1:], 0.0)
+    return owner, begin, np.where(np.append(owner[1:] != owner[:-1], True), high[owner], end)
 
 
-def _bits(call: Call, forms: np.ndarray, t: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Bits of a call at t on each interval, (r, units)."""
-    if not call.entries:
-        values = forms[0] + t[:, None] * (forms[1] - forms[0])
-        on: np.ndarray = (values > 0) & (np.abs(forms).max(0) > _ON * size[:, None])
+def _bits(z: np.ndarray, t: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Bits of a call at one t of each interval, (cells, units)."""
+    if z.ndim == 3:
+        values = z[0] + t[:, None] * (z[1] - z[0])
+        on: np.ndarray = (values > 0) & (np.abs(z).max(0) > _ON * size[:, None])
         return on
     with np.errstate(invalid="ignore"):
-        entries = np.where(np.isfinite(forms[0]), forms[0] + t[:, None, None] * (forms[1] - forms[0]), -np.inf)
+        entries = np.where(np.isfinite(z[0]), z[0] + t[:, None, None] * (z[1] - z[0]), -np.inf)
     # Entries that rounding alone tells apart are ties: the first of them wins.
     best = (entries >= entries.max(-1, keepdims=True) - _ON * size[:, None, None]).argmax(-1)
-    largest: np.ndarray = best[..., None] == np.arange(call.entries)
+    largest: np.ndarray = best[..., None] == np.arange(z.shape[3])
     return largest.reshape(len(t), -1)

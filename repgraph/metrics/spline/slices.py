@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import numpy as np
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from repgraph.graph import Graph
-from repgraph.metrics.spline.affine import HeldNetwork
+from repgraph.metrics.spline.affine import AffineNetwork, Call
+from repgraph.metrics.spline.codes import RegionCodes
 from repgraph.metrics.spline.polygons import areas, cut_by_largest, cut_by_signs, neighbours
-from repgraph.metrics.spline.segment import check, joined
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
@@ -23,12 +23,10 @@ class SlicePartition:
 
     polygons: list[np.ndarray]
     """Vertices of each cell in u, (v, 2) float64, counterclockwise."""
-    codes: Tensor
-    """Region code of each cell, (R, D) uint8."""
+    region: RegionCodes
+    """Region codes of the cells, packed; a max pooling has one gate for each entry of each window: the largest."""
     areas: np.ndarray
     """Area of each cell in u, (R,); they add up to the domain's."""
-    layers: dict[str, slice]
-    """Gate layer -> its columns in the codes; of a max pooling, one for each entry of each window: the largest."""
     forms: np.ndarray | None
     """Outputs of each cell at u = (0, 0), (1, 0) and (0, 1), (R, 3, outputs), which tell its affine map; None for the
     partition by some of the layers."""
@@ -46,6 +44,11 @@ class SlicePartition:
     def count(self) -> int:
         """Number of cells R."""
         return len(self.polygons)
+
+    @property
+    def codes(self) -> Tensor:
+        """Region code of each cell, (R, D) uint8."""
+        return self.region.unpacked
 
     def dual_graph(self) -> Graph:
         """Graph of the cells: an edge where two share an edge of positive length, which is its weight."""
@@ -124,7 +127,7 @@ class SlicePartition:
 
     def __repr__(self) -> str:
         return (
-            f"SlicePartition(cells={self.count}, gates={self.codes.shape[1]}, layers={len(self.layers)}, "
+            f"SlicePartition(cells={self.count}, gates={self.region.gates}, layers={len(self.region.layers)}, "
             f"area={self.areas.sum():.4g})"
         )
 
@@ -182,9 +185,9 @@ def slice_partition(
     Notes
     -----
     A zero counts as off. Values within 1e-12 of the domain's size (and 1e-14 of the largest value met, for rounding)
-    are on a line; a unit that vanishes on a cell but for rounding is off. Every cell's code and outputs are
-    compared with those of the network itself at its middle. Time: one forward pass of three points per cell and layer;
-    memory about 64 MiB of pre-activations at once, and one byte per gate and cell.
+    are on a line; a unit that vanishes on a cell but for rounding is off. Every cell's code and outputs are compared
+    with those of the network itself at its middle. Time: one forward pass of three points per cell; memory about 128
+    MiB of activations for each part of the cells that waits, and one bit per gate and cell.
 
     References
     ----------
@@ -205,53 +208,32 @@ def slice_partition(
     origin, basis = torch.as_tensor(origin).detach().cpu(), torch.as_tensor(basis).detach().cpu()
     _check_plane(origin, basis)
     corners = _checked_domain(domain)
-    net = HeldNetwork(model, origin)
-    depth = _depth(net, layers)
-    points3 = origin.double() + torch.stack((torch.zeros_like(basis[0]), basis[0], basis[1])).double()
+    net = AffineNetwork(model, origin)
+    depth = _depth(list(net.calls.values()), layers)
+    plane = origin.double() + torch.stack((torch.zeros_like(basis[0]), basis[0], basis[1])).double()
     reach = float(np.abs(corners).max())
-    vertices, labels = corners, np.full(len(corners), -1)
-    offsets, label = np.array([0, len(corners)]), 0
-    size = np.zeros(1)
-    held: list[Tensor] = []
-    for call in tqdm(net.calls[:depth], desc="cells", unit="layer", disable=not progress, delay=1, leave=False):
-        parts: list[tuple[np.ndarray, ...]] = []
-        cells = len(offsets) - 1
-        for chunk in net.chunks(cells, 3):
-            z = net.forms(points3, [code[chunk] for code in held]).numpy()
-            largest = np.where(np.isfinite(z), np.abs(z), 0).max(tuple({0, *range(2, z.ndim)}))
-            size[chunk] = np.maximum(size[chunk], largest)
-            begin, end = offsets[chunk][0], offsets[min(chunk.stop, cells)]
-            cut = cut_by_largest if call.entries else cut_by_signs
-            own = offsets[chunk.start : chunk.stop + 1] - begin
-            room = max_regions - sum(len(part[3]) for part in parts)
-            *found, label = cut(vertices[begin:end], labels[begin:end], own, z, size[chunk], reach, label, room)
-            parts.append((*found[:3], found[3] + chunk.start, found[4]))
-            if len(found[3]) > room:
-                raise ValueError(
-                    f"max_regions is {max_regions}, and the domain has more cells at {call.key!r}: take a smaller "
-                    "domain or raise it"
-                )
-        vertices, labels, parents, bits = [np.concatenate([part[i] for part in parts]) for i in (0, 1, 3, 4)]
-        offsets = np.append(0, np.cumsum(np.concatenate([np.diff(part[2]) for part in parts])))
-        held = [code[parents] for code in held] + [torch.from_numpy(bits)]
-        size = size[parents]
-    polygons = np.split(vertices, offsets[1:-1])
-    forms = None
-    middles = torch.from_numpy(np.stack([polygon.mean(0) for polygon in polygons]))
-    outputs = None
-    if depth == len(net.calls):
-        out = torch.cat([net.forms(points3, [code[c] for code in held]) for c in net.chunks(len(polygons), 3)], 1)
-        outputs = out[0] + middles[:, :1] * (out[1] - out[0]) + middles[:, 1:] * (out[2] - out[0])
-        forms = out.transpose(0, 1).numpy()
-    check(net, points3[0] + torch.einsum("rp,p...->r...", middles, basis.double()), held, outputs)
+    whole = _Polygons(corners, np.full(len(corners), -1), np.array([0, len(corners)]), np.zeros(1), reach, [0])
+    parts: list[tuple[_Polygons, RegionCodes, Tensor | None]] = []
+    with tqdm(desc="cells", unit="cell", disable=not progress, delay=1, leave=False) as bar:
+        parts.extend(net.walk(plane, whole, max_regions, depth, bar.update))
+    vertices = np.concatenate([cells.vertices for cells, *_ in parts])
+    labels = np.concatenate([cells.labels for cells, *_ in parts])
+    offsets = np.append(0, np.cumsum(np.concatenate([np.diff(cells.offsets) for cells, *_ in parts])))
+    region = RegionCodes(torch.cat([codes.bits for _, codes, _ in parts]), parts[0][1].layers, packed=True)
+    outputs = [out for *_, out in parts if out is not None]
+    forms = torch.cat(outputs, 1).transpose(0, 1) if outputs else None
+    middles = torch.from_numpy(np.add.reduceat(vertices, offsets[:-1]) / np.diff(offsets)[:, None])
+    inputs = plane[0] + torch.einsum("rp,p...->r...", middles, basis.double())
+    at_middle = None
+    if forms is not None:
+        at_middle = forms[:, 0] + torch.einsum("rp,rpk->rk", middles, forms[:, 1:] - forms[:, :1])
+    net.check(inputs, region, at_middle)
     rows, columns, lengths = neighbours(vertices, labels, offsets, reach)
-    codes, columns_of = joined(net.calls, held)
     return SlicePartition(
-        polygons=polygons,
-        codes=codes,
+        polygons=np.split(vertices, offsets[1:-1]),
+        region=region,
         areas=areas(vertices, offsets),
-        layers=columns_of,
-        forms=forms,
+        forms=None if forms is None else forms.numpy(),
         origin=origin,
         basis=basis,
         domain=corners,
@@ -259,6 +241,42 @@ def slice_partition(
         pairs=np.stack((rows, columns), 1),
         lengths=lengths,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Polygons:
+    """Convex polygons as in `polygons`, and the largest absolute value met on each, for its rounding."""
+
+    vertices: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    size: np.ndarray
+    reach: float
+    next_label: list[int]
+    """One number, shared by all parts of the plane."""
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    def part(self, a: int, b: int) -> _Polygons:
+        begin, end = self.offsets[a], self.offsets[b]
+        offsets = self.offsets[a : b + 1] - begin
+        return replace(
+            self,
+            vertices=self.vertices[begin:end],
+            labels=self.labels[begin:end],
+            offsets=offsets,
+            size=self.size[a:b],
+        )
+
+    def cut(self, call: Call, z: np.ndarray, limit: int) -> tuple[_Polygons, np.ndarray, np.ndarray]:
+        finite = np.where(np.isfinite(z), np.abs(z), 0)
+        size = np.maximum(self.size, finite.max(tuple({0, *range(2, z.ndim)})))
+        kernel = cut_by_signs if call.kinks is not None else cut_by_largest
+        vertices, labels, offsets, parents, bits, self.next_label[0] = kernel(
+            self.vertices, self.labels, self.offsets, z, size, self.reach, self.next_label[0], limit
+        )
+        return _Polygons(vertices, labels, offsets, size[parents], self.reach, self.next_label), parents, bits
 
 
 def _check_plane(origin: Tensor, basis: Tensor) -> None:
@@ -284,12 +302,12 @@ def _checked_domain(domain: object) -> np.ndarray:
     return corners if turns > 0 else corners[::-1].copy()
 
 
-def _depth(net: HeldNetwork, layers: Sequence[str] | None) -> int:
+def _depth(calls: Sequence[Call], layers: Sequence[str] | None) -> int:
     """How many calls cut."""
     if layers is None:
-        return len(net.calls)
+        return len(calls)
     wanted = {layers} if isinstance(layers, str) else set(layers)
-    names = [set(call.columns()) for call in net.calls]
+    names = [set(call.columns()) for call in calls]
     known = list(dict.fromkeys(name for own in names for name in sorted(own)))
     missing = sorted(wanted - set(known))
     if missing or not wanted:
