@@ -17,7 +17,7 @@ GateVisit = Callable[[str, Tensor, "Kinks"], Tensor | None]
 """Called with the key of a call, its input z (pre-activation) and its kinks; what it returns replaces the output."""
 
 GATES = "gates:"  # before the name of a gate where names of layers stand beside it
-_MODULES = (
+RELU_LIKE = (
     nn.ReLU,
     nn.LeakyReLU,
     nn.PReLU,
@@ -131,7 +131,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _key(self) -> str:
         name, module = self.running[-1]
-        if isinstance(module, _MODULES):
+        if isinstance(module, RELU_LIKE):
             self.calls[name] += 1
             return f"{name}#{self.calls[name] - 1}" if self.calls[name] > 1 else name
         self.calls[f"{name}#relu"] += 1
