@@ -144,8 +144,11 @@ def layers(model: str, weights: str | None, arguments: tuple[str, ...], select: 
     "--metrics",
     default="modularity",
     show_default=True,
-    help="modularity, gbs, cka: gbs and cka add the similarity to the previous layer.",
+    help="Families, side by side: modularity, gbs, cka (both: similarity to the previous layer), feature_entropy, "
+    "complexity, spline.",
 )
+@click.option("--lam", default=0.01, show_default=True, help="Kernel width of complexity; 0.04 for convolutions.")
+@click.option("--radius", type=float, help="Of the local complexity in spline; a hundredth of the spread of the data.")
 @_of_data
 @click.option("--out", default="repgraph-profile", show_default=True, help="Folder for the results.")
 def profile_command(
@@ -159,6 +162,8 @@ def profile_command(
     repeats: int,
     seed: int | None,
     metrics: str,
+    lam: float,
+    radius: float | None,
     reduce: Reduce,
     memory: str | None,
     batch_size: int,
@@ -168,7 +173,7 @@ def profile_command(
     std: str | None,
     out: str,
 ) -> None:
-    """Modularity of MODEL on DATA by layer: table, figures and a page in a folder.
+    """What the layers of MODEL do with DATA: table, figures and a page in a folder.
 
     MODEL is "package.module:callable" or "file.py:callable". DATA is an .npz file (arrays x and y), a folder with one
     folder of images per class, or "package.module:callable" giving anything that repgraph.capture takes. Images of
@@ -185,6 +190,8 @@ def profile_command(
         repeats=repeats,
         seed=seed,
         metrics=[name.strip() for name in metrics.split(",")],  # type: ignore[misc]
+        lam=lam,
+        radius=radius,
         reduce=reduce,
         memory=memory,
         batch_size=batch_size,

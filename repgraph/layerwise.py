@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from numbers import Integral
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,24 +13,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from repgraph import families
 from repgraph.activations import Activations, capture
 from repgraph.activations.batches import Source, model_device
-from repgraph.activations.forward import Forward, kept_random_state
+from repgraph.activations.forward import Forward, kept_random_state, untouched
+from repgraph.activations.gates import GATES
 from repgraph.activations.layers import Select, unwrap
 from repgraph.activations.reduce import ChannelAxis, Reduce
-from repgraph.graph import Graph, communities, knn_graph
+from repgraph.families import Family
+from repgraph.graph import knn_graph
 from repgraph.labels import Labels, as_labels, class_codes
-from repgraph.metrics.class_separation import class_separation
-from repgraph.metrics.modularity import modularity, modularity_ceiling, modularity_null
-from repgraph.metrics.similarity.cka import linear_cka
-from repgraph.metrics.similarity.gbs import gbs
-from repgraph.metrics.similarity.gram import gram
-from repgraph.metrics.similarity.measure import Measure
-from repgraph.metrics.similarity.null import permuted
+from repgraph.metrics.feature_entropy.entropy import layer_births, warn_before_relu
+from repgraph.metrics.spline.local import local_complexity_by_layer
 from repgraph.neighbors import Metric
 
 T = TypeVar("T")
-Family = Literal["modularity", "gbs", "cka"]
+
+_AROUND, _DIRECTIONS = 64, 20  # samples around which local complexity is taken, and directions from each
 
 
 def apply_layers(f: Callable[[T], float], items: Mapping[str, T]) -> pd.Series:
@@ -77,16 +75,18 @@ def profile(
     metric: Metric = "cosine",
     symmetrize: Literal["mean", "union", "mutual"] = "mean",
     permutations: int = 20,
+    lam: float = 0.01,
+    radius: float | None = None,
     memory: int | str | None = None,
     forward: Forward | None = None,
     batch_size: int = 64,
     channel_axis: ChannelAxis = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Modularity of a trained network by layer, in one call: one row per layer, in execution order.
+    """What the layers of a trained network do, in one call: one row per layer, in execution order.
 
     The layers' outputs for `repeats` disjoint sets of n samples become graphs (`knn_graph`), and each number below is
-    its mean over the sets; std is the one with sets - 1 (nan for one set).
+    its mean over the sets; std is the one with sets - 1 (nan for one set). All families are read off one capture.
 
     Parameters
     ----------
@@ -102,10 +102,16 @@ def profile(
         Take the sets from a random permutation of all samples with this seed; needed where the data are sorted by
         class. It also seeds the null (0 if None).
     metrics
-        Families of metrics: "modularity"; "gbs" and "cka" add the similarity to the previous layer, GBS of the same
-        graphs and unbiased linear CKA.
+        Families of metrics, side by side: "modularity"; "gbs" and "cka", the similarity to the previous layer (GBS of
+        the same graphs, unbiased linear CKA); "feature_entropy", of layers with square maps of at least 4 x 4;
+        "complexity" and "spline", of the gates in a layer (those inside it, and those that follow outside any layer).
     permutations
         Label permutations per set for the null.
+    lam
+        Kernel width of "complexity", as in `gate_entropy`; the authors take 0.04 for convolutional networks.
+    radius
+        Of the local complexity in "spline", in the units of the inputs; by default a hundredth of the samples' root
+        mean square distance from their mean.
     progress
         Show progress bars.
 
@@ -117,19 +123,26 @@ def profile(
         weight); negative_share (share of the edges with negative weight; modularity is then the signed one). Without
         labels: community_modularity and community_modularity_std (of Leiden communities, negative weights set to 0),
         communities, features, isolated, negative_share. With "gbs" or "cka" in metrics: gbs_previous, gbs_previous_std
-        and gbs_previous_null (samples shuffled), and the same of cka_previous; nan for the first layer. The settings
-        are in `attrs`.
+        and gbs_previous_null (samples shuffled), and the same of cka_previous; nan for the first layer.
+        "feature_entropy": feature_entropy and feature_entropy_std (nats, mean over units and classes),
+        feature_entropy_floor (noise), feature_entropy_ceiling (ln of the samples per class), birth_rate. "complexity":
+        gates, complexity and complexity_std (bits), complexity_ceiling (log2 of the samples per set); with labels
+        label_information, label_information_std and label_information_ceiling. "spline": gates, regions (distinct
+        region codes among the samples of a set), local_complexity (units whose sign changes within the radius around
+        a sample, mean over up to 64 samples and 20 directions). Layers without maps or gates have nan there. The
+        settings are in `attrs`.
 
     Raises
     ------
     ValueError
-        As `capture` and `knn_graph`; if a set holds one class only (pass `seed=`), if n or repeats is out of range, or
-        a metric is unknown.
+        As `capture` and `knn_graph`; if a set holds one class only (pass `seed=`), if n or repeats is out of range, a
+        metric is unknown, or "feature_entropy" finds no labels or no layer with square maps.
 
     Warns
     -----
     UserWarning
-        If the data run out before `repeats` sets are full, or a class of a set has k members or fewer.
+        If the data run out before `repeats` sets are full, a class of a set has k members or fewer, or feature entropy
+        meets negative values (a layer captured before its ReLU).
 
     References
     ----------
@@ -142,11 +155,15 @@ def profile(
     >>> table.index.tolist(), table["features"].tolist()
     (['0', '2'], [144, 128])
     """
-    _check_sets(n, repeats, metrics, k)
+    _check_sets(n, repeats, metrics, k, lam)
+    select = layers
+    if set(metrics) & set(families.WITH_GATES):
+        select = [layers, "gates"] if isinstance(layers, str | type) or callable(layers) else [*layers, "gates"]
     with kept_random_state():
         samples: int | Tensor = n * repeats
+        if isinstance(data, Iterator) and (seed is not None or "spline" in metrics):
+            data = list(data)
         if seed is not None:
-            data = list(data) if isinstance(data, Iterator) else data
             order = set_order(data, batch_size, seed)
             if labels is not None and len(as_labels(labels)) != len(order):
                 raise ValueError(
@@ -156,7 +173,7 @@ def profile(
         activations = capture(
             model,
             data,
-            layers,
+            select,
             labels=labels,
             reduce=reduce,
             memory=memory,
@@ -169,7 +186,42 @@ def profile(
     order = torch.arange(activations.n, device="cpu") if isinstance(samples, int) else samples.argsort().argsort()
     sets = _sets(order, n, repeats)
     device = model_device(unwrap(model))
-    return _profile(activations, sets, k, metrics, metric, symmetrize, permutations, seed, device, progress)
+    table = _profile(activations, sets, k, metrics, metric, symmetrize, permutations, seed, lam, device, progress)
+    if "spline" in metrics:
+        _add_local_complexity(table, activations, model, data, batch_size, samples, sets[0], radius, progress)
+    return table
+
+
+def _add_local_complexity(
+    table: pd.DataFrame,
+    activations: Activations,
+    model: nn.Module,
+    data: object,
+    batch_size: int,
+    samples: int | Tensor,
+    chosen: Tensor,
+    radius: float | None,
+    progress: bool,
+) -> None:
+    """Mean local complexity around a few samples of the first set, summed over the gates of each layer."""
+    positions = torch.arange(activations.n, device="cpu") if isinstance(samples, int) else samples.sort().values
+    around = positions[chosen.sort().values[:: -(-len(chosen) // _AROUND)]]
+    inputs = [batch.inputs for batch in Source(data, batch_size, around)]
+    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in inputs):
+        raise ValueError("metrics: 'spline' needs inputs that are tensors of real numbers")
+    x = torch.cat([x for x in inputs if isinstance(x, Tensor)])
+    if radius is None:
+        flat = x.double().flatten(1)
+        radius = 0.01 * float((flat - flat.mean(0)).square().sum(1).mean().sqrt())
+    with untouched(unwrap(model)):
+        n_dirs = min(_DIRECTIONS, x[0].numel())
+        local = local_complexity_by_layer(model, x, radius=radius, n_dirs=n_dirs, progress=progress)
+    by_layer = families.gates_by_layer(activations)
+    table["local_complexity"] = [
+        local[[key.removeprefix(GATES) for key in by_layer[str(name)]]].sum() if by_layer[str(name)] else np.nan
+        for name in table.index
+    ]
+    table.attrs |= {"radius": radius, "around": len(x)}
 
 
 def profile_activations(
@@ -183,11 +235,14 @@ def profile_activations(
     metric: Metric = "cosine",
     symmetrize: Literal["mean", "union", "mutual"] = "mean",
     permutations: int = 20,
+    lam: float = 0.01,
     progress: bool = True,
 ) -> pd.DataFrame:
     """The table of `profile` from activations that are there already, for example to vary k.
 
-    Parameters, result, errors and warnings as in `profile`; graphs are built where the activations are.
+    Parameters, result, errors and warnings as in `profile`; graphs are built where the activations are. "complexity"
+    and "spline" need activations with gates, ``capture(model, data, ["blocks", "gates"])``; there is no
+    local_complexity, which takes the model.
 
     Examples
     --------
@@ -195,13 +250,13 @@ def profile_activations(
     >>> profile_activations(acts, n=20, repeats=2).columns.tolist()[:2]
     ['modularity', 'modularity_std']
     """
-    _check_sets(n, repeats, metrics, k)
+    _check_sets(n, repeats, metrics, k, lam)
     order = torch.arange(activations.n, device="cpu") if seed is None else _order(activations.n, seed)
     sets = _sets(order, n, repeats)
-    return _profile(activations, sets, k, metrics, metric, symmetrize, permutations, seed, None, progress)
+    return _profile(activations, sets, k, metrics, metric, symmetrize, permutations, seed, lam, None, progress)
 
 
-def _check_sets(n: int, repeats: int, metrics: Sequence[str], k: int) -> None:
+def _check_sets(n: int, repeats: int, metrics: Sequence[str], k: int, lam: float) -> None:
     for name, value in (("n", n), ("repeats", repeats), ("k", k)):
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise ValueError(f"{name} must be an integer, got {value!r}")
@@ -213,9 +268,11 @@ def _check_sets(n: int, repeats: int, metrics: Sequence[str], k: int) -> None:
         raise ValueError(f"k must satisfy 1 <= k < n, got k = {k} with n = {n} samples per set")
     if "cka" in metrics and n < 4:
         raise ValueError(f"n must be at least 4 samples per set for unbiased CKA, got {n}")
-    families = get_args(Family)
-    if isinstance(metrics, str) or not metrics or any(name not in families for name in metrics):
-        raise ValueError(f"metrics must be a sequence of names from {families}, got {metrics!r}")
+    known = get_args(Family)
+    if isinstance(metrics, str) or not metrics or any(name not in known for name in metrics):
+        raise ValueError(f"metrics must be a sequence of names from {known}, got {metrics!r}")
+    if not lam > 0:
+        raise ValueError(f"lam must be positive, got {lam!r}")
 
 
 def set_order(data: object, batch_size: int, seed: int) -> Tensor:
@@ -249,56 +306,63 @@ def _profile(
     symmetrize: Literal["mean", "union", "mutual"],
     permutations: int,
     seed: int | None,
+    lam: float,
     device: torch.device | None,
     progress: bool,
 ) -> pd.DataFrame:
-    set_labels: list[Tensor] | None = None
-    if activations.labels is not None and "modularity" in metrics:
-        codes, classes = class_codes(activations.labels, activations.n)
-        set_labels = [codes[rows] for rows in sets]
-        small = ""
-        for number, y in enumerate(set_labels):
-            sizes = torch.bincount(y, minlength=len(classes))
-            present = sizes[sizes > 0]
-            if len(present) < 2:
-                raise ValueError(
-                    f"labels: set {number} of {len(y)} samples holds one class only: the data are sorted by class or "
-                    "have one class: pass seed= to draw the sets at random"
-                )
-            if int(present.min()) <= k:
-                small = (
-                    f"set {number} has a class of {int(present.min())} samples, not more than k = {k}: edges must "
-                    "leave it, and the ceiling cannot be reached"
-                )
-        if small:
-            warnings.warn(small, stacklevel=3)
+    set_labels = _set_labels(activations, sets, k, metrics)
+    by_layer = families.gates_by_layer(activations)
+    if set(metrics) & set(families.WITH_GATES) and not any(by_layer.values()):
+        raise ValueError("activations hold no gates, which 'complexity' and 'spline' need: capture layers and 'gates'")
     rows: dict[str, dict[str, float]] = {}
+    before_relu: list[str] = []
     previous: list[dict[str, Any]] = [{} for _ in sets]
-    for name in tqdm(activations, desc="graphs", unit="layer", disable=not progress, delay=1, leave=False):
-        layer = activations[name].reshape(activations.n, -1)
+    for name in tqdm(by_layer, desc="layers", unit="layer", disable=not progress, delay=1, leave=False):
+        gates = [(key, activations[key], activations.specs[key].gates or 0) for key in by_layer[name]]
+        maps = activations[name]
+        births, side = None, maps.shape[-1]
+        if "feature_entropy" in metrics and maps.ndim == 4 and maps.shape[2] == side >= 4:
+            births, side, negative = layer_births(name, maps)
+            before_relu += [name] * negative
+        layer = maps.reshape(activations.n, -1)
         found = []
         for number, chosen in enumerate(sets):
-            x = layer[_as_slice(chosen)].to(device)
+            at = _as_slice(chosen)
+            own_seed = (seed or 0) + number
+            labels = None if set_labels is None else set_labels[number]
+            row: families.Row = {}
+            x = layer[at].to(device)
             try:
                 graph = knn_graph(x, k, metric=metric, symmetrize=symmetrize)
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
-            row: dict[str, np.ndarray] = {}
-            if set_labels is not None:
-                row = _labelled(x, graph, set_labels[number], permutations, (seed or 0) + number)
-            elif "modularity" in metrics:
-                row = _unlabelled(graph, seed or 0)
-            prepared = _prepared(x, graph, metrics)
-            row |= _to_previous(previous[number], prepared, (seed or 0) + number)
+            if "modularity" in metrics:
+                if labels is None:
+                    row |= families.of_communities(graph, seed or 0)
+                else:
+                    row |= families.of_labels(x, graph, labels, permutations, own_seed)
+            prepared = families.prepared(x, graph, metrics)
+            row |= families.to_previous(previous[number], prepared, own_seed)
             previous[number] = prepared
-            found.append(row | _label_free(graph))
+            row |= families.of_edges(graph)
+            if "feature_entropy" in metrics:
+                assert labels is not None
+                row |= families.of_births(None if births is None else births[at], side, labels)
+            if set(metrics) & set(families.WITH_GATES):
+                packed = {key: (bits[at].to(device), count) for key, bits, count in gates}
+                row |= families.of_gates(packed, labels, lam, metrics)
+            found.append(row)
         rows[name] = _summary(found, layer.shape[1])
-        del layer, x  # before the next layer is read, which may need the memory
+        del layer, maps, x, gates  # before the next layer is read, which may need the memory
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
     table = table.astype({"features": int})
     for column in ("gbs_previous", "cka_previous"):
         if column in table and len(undefined := table.index[1:][table[column].iloc[1:].isna()]):
             warnings.warn(f"{column} is undefined (nan) at {', '.join(undefined)}: constant features", stacklevel=3)
+    if "feature_entropy" in table and table["feature_entropy"].isna().all():
+        raise ValueError("metrics: 'feature_entropy' needs layers with square maps of at least 4 x 4, without reduce=")
+    if before_relu:
+        warn_before_relu(before_relu, stacklevel=4)
     table.attrs = {
         **{str(key): value for key, value in activations.settings.items()},
         "k": k,
@@ -308,69 +372,50 @@ def _profile(
         "repeats": len(sets),
         "seed": seed,
         "permutations": permutations,
+        **({"lam": lam} if "complexity" in metrics else {}),
     }
     return table
+
+
+def _set_labels(activations: Activations, sets: list[Tensor], k: int, metrics: Sequence[Family]) -> list[Tensor] | None:
+    """Class codes of each set, where there are labels and a metric uses them; what they make impossible is refused."""
+    if activations.labels is None:
+        if "feature_entropy" in metrics:
+            raise ValueError("metrics: 'feature_entropy' needs labels, births are distributed within one class")
+        return None
+    if not {"modularity", "feature_entropy", "complexity"} & set(metrics):
+        return None
+    codes, classes = class_codes(activations.labels, activations.n)
+    set_labels = [codes[rows] for rows in sets]
+    small = ""
+    for number, y in enumerate(set_labels):
+        sizes = torch.bincount(y, minlength=len(classes))
+        present = sizes[sizes > 0]
+        if len(present) < 2:
+            raise ValueError(
+                f"labels: set {number} of {len(y)} samples holds one class only: the data are sorted by class or "
+                "have one class: pass seed= to draw the sets at random"
+            )
+        if int(present.min()) < 2 and {"feature_entropy", "complexity"} & set(metrics):
+            lone = classes[int(((sizes > 0) & (sizes < 2)).nonzero()[0])]
+            raise ValueError(
+                f"labels: set {number} of {len(y)} samples has one sample of class {lone!r}: 'feature_entropy' and "
+                "'complexity' need 2 of each class, take a larger n"
+            )
+        if int(present.min()) <= k and "modularity" in metrics:
+            small = (
+                f"set {number} has a class of {int(present.min())} samples, not more than k = {k}: edges must "
+                "leave it, and the ceiling cannot be reached"
+            )
+    if small:
+        warnings.warn(small, stacklevel=4)
+    return set_labels
 
 
 def _as_slice(rows: Tensor) -> Tensor | slice:
     """A run of rows as a slice, which copies nothing."""
     start, end = int(rows[0]), int(rows[-1]) + 1
     return slice(start, end) if start < end and torch.equal(rows, torch.arange(start, end, device="cpu")) else rows
-
-
-def _labelled(x: Tensor, graph: Graph, labels: Tensor, permutations: int, seed: int) -> dict[str, np.ndarray]:
-    return {
-        "modularity": np.array([modularity(graph, labels, negative="signed")]),
-        "null": modularity_null(graph, labels, permutations=permutations, seed=seed).numpy(),
-        "ceiling": np.array([modularity_ceiling(graph, labels)]),
-        "class_separation": np.array([class_separation(x, labels)]),
-    }
-
-
-def _unlabelled(graph: Graph, seed: int) -> dict[str, np.ndarray]:
-    row, col, weight = graph.edges()
-    positive = Graph.from_edges(graph.n, row, col, weight.clip(0))
-    found = communities(positive, seed=seed)
-    return {
-        "community_modularity": np.array([found.modularity]),
-        "communities": np.array([found.num_communities]),
-    }
-
-
-def _label_free(graph: Graph) -> dict[str, np.ndarray]:
-    weight = graph.edges()[2]
-    return {
-        "isolated": np.array([len(graph.isolated)]),
-        "negative_share": np.array([(weight < 0).sum() / max(np.count_nonzero(weight), 1)]),
-    }
-
-
-def _prepared(x: Tensor, graph: Graph, metrics: Sequence[Family]) -> dict[str, Any]:
-    """What the similarity to the previous layer is computed from."""
-    found: dict[str, Any] = {}
-    if "gbs" in metrics:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # isolated nodes have a column of their own
-            found["gbs"] = cast(Measure, gbs).prepare(graph)
-    if "cka" in metrics:
-        found["cka"] = gram(x)
-    return found
-
-
-def _to_previous(previous: dict[str, Any], own: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
-    """Similarity to the previous layer, and the same with the samples shuffled; nan for the first layer."""
-    pairs: dict[str, Callable[..., Tensor | float]] = {
-        "gbs": cast(Measure, gbs).pair,
-        "cka": partial(cast(Measure, linear_cka).pair, unbiased=True),
-    }
-    row = {}
-    for name, layer in own.items():
-        both = (np.nan, np.nan)
-        if previous:
-            shuffled = permuted(layer, torch.Generator("cpu").manual_seed(seed))
-            both = float(pairs[name](previous[name], layer)), float(pairs[name](previous[name], shuffled))
-        row[f"{name}_previous"], row[f"{name}_previous_null"] = (np.array([value]) for value in both)
-    return row
 
 
 def _summary(found: list[dict[str, np.ndarray]], features: int) -> dict[str, float]:
@@ -381,6 +426,6 @@ def _summary(found: list[dict[str, np.ndarray]], features: int) -> dict[str, flo
         if name == "isolated":
             row["features"] = features
         row[name] = float(values.mean())
-        if name in ("modularity", "null", "community_modularity", "gbs_previous", "cka_previous"):
+        if name in families.WITH_STD:
             row[f"{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
     return row

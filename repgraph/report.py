@@ -35,6 +35,17 @@ _COLUMNS = {
     "negative_share": "share of edges of negative weight",
     "gbs_previous": "graph-based similarity to the previous layer",
     "gbs_previous_null": "the same with the samples of one layer shuffled",
+    "feature_entropy": "entropy of the moments at which a unit's maps get their first hole, in nats: low = consistent",
+    "feature_entropy_floor": "the same for noise on maps of this size",
+    "feature_entropy_ceiling": "the largest possible, ln of the samples per class",
+    "birth_rate": "share of the maps that have a hole at all",
+    "gates": "ReLU-like units of the layer",
+    "complexity": "entropy of the layer's gates over the samples, in bits: 0 = one linear map for all",
+    "complexity_ceiling": "the largest possible, log2 of the samples",
+    "label_information": "what of the complexity tells the class, in bits",
+    "label_information_ceiling": "the largest possible, the entropy of the labels",
+    "regions": "distinct region codes among the samples of a set",
+    "local_complexity": "units whose sign changes in a small neighbourhood of a sample",
     "cka_previous": "unbiased linear CKA to the previous layer",
     "cka_previous_null": "the same with the samples of one layer shuffled",
 }
@@ -65,12 +76,12 @@ def write_report(
     path.mkdir(parents=True, exist_ok=True)
     csv, curve, drawings, page = (path / name for name in ("profile.csv", "curve.png", "graphs.png", "index.html"))
     a = table.attrs
+    first = plot.main_columns(table)[0]
     table.to_csv(csv)
-    _save(plot.curve(table), curve)
+    _save(plot.curves(table)[0], curve)
     graphs = {name: knn_graph(drawn[name], a["k"], metric=a["metric"], symmetrize=a["symmetrize"]) for name in drawn}
-    titles = {name: f"{name}: {table.iloc[:, 0][name]:.2f}" for name in graphs}
+    titles = {name: f"{name}: {table[first][name]:.2f}" for name in graphs}
     _save(plot.graphs(graphs, drawn.labels, titles=titles)[0], drawings)
-    first = table.columns[0]
     settings = ", ".join(f"{key} = {value}" for key, value in a.items() if value is not None)
     explained = "".join(f"<li><b>{name}</b>: {_COLUMNS[name]}</li>" for name in table if name in _COLUMNS)
     colours = "" if drawn.labels is None else "Colours are classes, orange lines join different classes. "

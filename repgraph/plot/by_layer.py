@@ -24,7 +24,15 @@ _NAMES = {
     "features": "features",
     "gbs_previous": "GBS to the previous layer",
     "cka_previous": "unbiased linear CKA to the previous layer",
+    "feature_entropy": "feature entropy, nats",
+    "birth_rate": "share of maps with a hole",
+    "complexity": "transformation complexity, bits",
+    "label_information": "label information of the gates, bits",
+    "regions": "distinct region codes",
+    "local_complexity": "local complexity, units",
 }
+_FAMILIES = ("modularity", "community_modularity", "gbs_previous", "cka_previous", "feature_entropy", "complexity",
+             "local_complexity")  # fmt: skip
 
 
 def curve(
@@ -36,10 +44,10 @@ def curve(
     ----------
     curve
         A Series indexed by layer; a table of `profile` (the band is one standard deviation over the sample sets, the
-        null is drawn with its own band); or a DataFrame of repeats, layer x repeat, drawn as mean and one standard
-        deviation.
+        null is drawn with its own band, floor and ceiling as lines); or a DataFrame of repeats, layer x repeat,
+        drawn as mean and one standard deviation.
     column
-        Which column of a table of `profile`; its first by default.
+        Which column of a table of `profile`; by default the main one of its first family.
     ax
         Axes to draw into; new ones of a width that suits the number of layers by default.
     **line
@@ -66,6 +74,8 @@ def curve(
     null: tuple[pd.Series, pd.Series] | None = None
     shuffled = "labels permuted"
     std: pd.Series | None = None
+    if column is None and isinstance(curve, pd.DataFrame):
+        column = next(iter(main_columns(curve)), None)
     if isinstance(curve, pd.Series):
         if column is not None:
             raise ValueError(f"column={column!r} needs a table, got a Series")
@@ -91,9 +101,12 @@ def curve(
         ax.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
     if null is not None:
         draw_chance(ax, x, *null, shuffled)
-    if name == "modularity" and "ceiling" in curve:
-        ax.plot(x, curve["ceiling"], color=GREY, linestyle=":", linewidth=1)
-        ax.annotate("ceiling", (x[0], curve["ceiling"].iloc[0]), (0, 4), textcoords="offset points", color=GREY, size=8)
+    limits = (
+        {"ceiling": f"{name}_ceiling", "noise": f"{name}_floor"} if name != "modularity" else {"ceiling": "ceiling"}
+    )
+    for text, limit in limits.items():
+        if isinstance(curve, pd.DataFrame) and limit in curve:
+            draw_limit(ax, x, curve[limit], text)
     label_layers(ax, [str(layer) for layer in mean.index])
     ax.set_ylabel(_NAMES.get(name, name.replace("_", " ")))
     ax.spines[["top", "right"]].set_visible(False)
@@ -102,6 +115,79 @@ def curve(
         band = ", band: 1 std over sets" if std is not None and std.notna().any() else ""
         ax.set_title(textwrap.fill(caption(curve) + band, room), loc="left", size=8, color="#444444")
     return ax
+
+
+def curves(
+    table: pd.DataFrame, *, columns: Sequence[str] | None = None, axes: Sequence[Axes] | None = None
+) -> np.ndarray:
+    """Families of a table of `profile` below each other, on one axis of layers.
+
+    Parameters
+    ----------
+    table
+        A table of `profile`.
+    columns
+        Which columns; by default the main one of each family that is there.
+    axes
+        One for each column; a new figure by default.
+
+    Returns
+    -------
+    ndarray of Axes
+        One for each column.
+
+    Raises
+    ------
+    ValueError
+        If a column does not exist, none is known, or axes are too few.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"modularity": [0.1, 0.5], "complexity": [3.0, 4.0]}, index=["stem", "block1"])
+    >>> [ax.get_ylabel() for ax in curves(table)]
+    ['modularity Q', 'transformation complexity, bits']
+    """
+    chosen = main_columns(table) if columns is None else list(columns)
+    if not chosen:
+        raise ValueError(f"table has no column of a family, {', '.join(_FAMILIES)}; pass columns=")
+    if axes is None:
+        width = float(np.clip(2.5 + 0.2 * len(table), 6, 13))
+        grid = plt.subplots(
+            len(chosen),
+            1,
+            figsize=(width, max(4, 1.9 * len(chosen) + 0.9)),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+        )[1]
+        drawn = grid[:, 0]
+    else:
+        drawn = np.asarray(axes).ravel()
+        if len(drawn) != len(chosen):
+            raise ValueError(f"axes must be one for each of {len(chosen)} columns, got {len(drawn)}")
+    for number, (ax, name) in enumerate(zip(drawn, chosen, strict=True)):
+        curve(table, column=name, ax=ax)
+        ax.set_ylabel(textwrap.fill(ax.get_ylabel(), 20))
+        if number:
+            ax.set_title("", loc="left")
+        ax.tick_params(labelbottom=number == len(chosen) - 1)
+    return np.array(drawn)
+
+
+def main_columns(table: pd.DataFrame) -> list[str]:
+    """The main column of each family that a table of `profile` has."""
+    return [name for name in _FAMILIES if name in table]
+
+
+def draw_limit(ax: Axes, x: np.ndarray, level: pd.Series, text: str) -> None:
+    """A bound that a number cannot pass, or what noise gives: a dotted line and its name."""
+    ax.plot(x, level, color=GREY, linestyle=":", linewidth=1)
+    known = np.flatnonzero(level.notna())
+    if len(known):
+        at = (x[known[0]], level.iloc[known[0]])
+        below = text.startswith("ceiling")
+        place = {"va": "top" if below else "bottom"}
+        ax.annotate(text, at, (0, -3 if below else 3), textcoords="offset points", color=GREY, size=8, **place)
 
 
 def draw_chance(

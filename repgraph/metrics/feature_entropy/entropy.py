@@ -257,7 +257,7 @@ def unit_feature_entropy(
         layers[layer] |= floor_and_ceiling(m, sizes, max_rank, density)
         layers[layer] |= {"units": births.shape[1], "map_size": m, "n": float(np.mean(sizes))}
     if before:
-        warn_before_relu(before)
+        warn_before_relu(before, stacklevel=3)
     table = pd.DataFrame.from_dict(layers, orient="index").rename_axis("layer").astype({"units": int, "map_size": int})
     return UnitFeatureEntropy(units=pd.concat(units), layers=table)
 
@@ -286,12 +286,12 @@ def floor_and_ceiling(
     return {"floor": floor, "ceiling": float(np.log(sizes).mean())}
 
 
-def warn_before_relu(layers: Sequence[str]) -> None:
+def warn_before_relu(layers: Sequence[str], *, stacklevel: int) -> None:
     """Tell that feature entropy is meant for maps after the ReLU."""
     warnings.warn(
         f"negative values in {', '.join(layers[:4])}{' ...' if len(layers) > 4 else ''}: feature entropy is meant for "
         "maps after the ReLU; capture the ReLU's output (or a block's)",
-        stacklevel=3,
+        stacklevel=stacklevel,
     )
 
 

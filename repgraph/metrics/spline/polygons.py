@@ -250,8 +250,8 @@ def areas(vertices: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 def neighbours(
     vertices: np.ndarray, labels: np.ndarray, offsets: np.ndarray, reach: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of polygons that share an edge of positive length, and that length.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of polygons that share an edge of positive length, (edges, 2), and the ends of that edge, (edges, 2, 2).
 
     Two polygons were parted by one cut, and share a border on its segment only: the edges of one cut's label, those of
     both its sides laid over each other.
@@ -260,36 +260,33 @@ def neighbours(
     after = np.arange(1, len(vertices) + 1)
     after[offsets[1:] - 1] = offsets[:-1]
     inner = np.flatnonzero(labels >= 0)
-    start, end = vertices[inner], vertices[after[inner]]
-    order = np.argsort(labels[inner], kind="stable")
-    start, end, cell, label = start[order], end[order], cell[inner][order], labels[inner][order]
-    groups = np.append(np.flatnonzero(np.diff(label, prepend=-1)), len(label))
-    return _overlaps(start, end, cell, groups, _ON * reach)
+    inner = inner[np.argsort(labels[inner], kind="stable")]
+    groups = np.append(np.flatnonzero(np.diff(labels[inner], prepend=-1)), len(inner))
+    return _overlaps(vertices[inner], vertices[after[inner]], cell[inner], groups, _ON * reach)
 
 
 @njit(cache=True, nogil=True)
 def _overlaps(
     start: np.ndarray, end: np.ndarray, cell: np.ndarray, groups: np.ndarray, least: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rows, cols = np.empty(2 * len(cell) + 1, np.int64), np.empty(2 * len(cell) + 1, np.int64)
-    shared = np.empty(2 * len(cell) + 1)
+) -> tuple[np.ndarray, np.ndarray]:
+    pairs, borders = np.empty((len(cell) + 1, 2), np.int64), np.empty((len(cell) + 1, 2, 2))
     found = 0
+    direction = np.empty(2)
     for g in range(len(groups) - 1):
         a, b = groups[g], groups[g + 1]
-        # the longest edge of the cut tells its direction best
-        longest, dx, dy = -1.0, 0.0, 0.0
-        for i in range(a, b):
-            ex, ey = end[i, 0] - start[i, 0], end[i, 1] - start[i, 1]
-            if ex * ex + ey * ey > longest:
-                longest, dx, dy = ex * ex + ey * ey, ex, ey
-        norm = np.sqrt(longest)
-        if norm == 0:
+        longest = -1.0
+        for i in range(a, b):  # the longest edge of a cut tells its direction best
+            length = np.sum((end[i] - start[i]) ** 2)
+            if length > longest:
+                longest = length
+                direction[:] = end[i] - start[i]
+        if longest == 0:
             continue
-        dx, dy = dx / norm, dy / norm
+        direction /= np.sqrt(longest)
         low, high = np.empty(b - a), np.empty(b - a)
         same = np.empty(b - a, np.bool_)
         for i in range(a, b):
-            t0, t1 = start[i, 0] * dx + start[i, 1] * dy, end[i, 0] * dx + end[i, 1] * dy
+            t0, t1 = np.sum(start[i] * direction), np.sum(end[i] * direction)
             same[i - a] = t1 > t0
             low[i - a], high[i - a] = min(t0, t1), max(t0, t1)
         order = np.argsort(low)
@@ -297,14 +294,16 @@ def _overlaps(
         i, j = 0, 0
         while i < len(one) and j < len(other):
             x, y = one[i], other[j]
-            length = min(high[x], high[y]) - max(low[x], low[y])
-            if length > least and cell[a + x] != cell[a + y]:
-                if found == len(rows):
-                    rows, cols, shared = _longer(rows), _longer(cols), _longer(shared)
-                rows[found], cols[found], shared[found] = cell[a + x], cell[a + y], length
+            t0, t1 = max(low[x], low[y]), min(high[x], high[y])
+            if t1 - t0 > least:
+                if found == len(pairs):
+                    pairs, borders = _longer(pairs), _longer(borders)
+                pairs[found, 0], pairs[found, 1] = cell[a + x], cell[a + y]
+                borders[found, 0] = start[a + x] + (t0 - low[x]) * direction
+                borders[found, 1] = start[a + x] + (t1 - low[x]) * direction
                 found += 1
             if high[x] < high[y]:
                 i += 1
             else:
                 j += 1
-    return rows[:found], cols[:found], shared[:found]
+    return pairs[:found], borders[:found]

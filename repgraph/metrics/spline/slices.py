@@ -37,8 +37,8 @@ class SlicePartition:
     """Coordinates of the samples that the plane was laid through, (s, 2); none for a plane that was given."""
     pairs: np.ndarray
     """Cells that share an edge of positive length, (edges, 2)."""
-    lengths: np.ndarray
-    """Length of the edge of each pair in u, (edges,)."""
+    borders: np.ndarray
+    """The two ends of that edge in u, (edges, 2, 2)."""
 
     @property
     def count(self) -> int:
@@ -49,6 +49,22 @@ class SlicePartition:
     def codes(self) -> Tensor:
         """Region code of each cell, (R, D) uint8."""
         return self.region.unpacked
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length of the edge of each pair in u, (edges,)."""
+        found: np.ndarray = np.linalg.norm(self.borders[:, 1] - self.borders[:, 0], axis=1)
+        return found
+
+    def border_layers(self) -> np.ndarray:
+        """The gate layer that draws the border of each pair: the first in which the codes differ, (edges,) of str."""
+        names, layer = list(self.region.layers), np.full(len(self.pairs), -1)
+        for number, name in enumerate(names):
+            bits = self.region.layer(name).numpy()
+            differs = (bits[self.pairs[:, 0]] != bits[self.pairs[:, 1]]).any(1)
+            layer[differs & (layer < 0)] = number
+        found: np.ndarray = np.array(names)[layer]
+        return found
 
     def dual_graph(self) -> Graph:
         """Graph of the cells: an edge where two share an edge of positive length, which is its weight."""
@@ -228,7 +244,7 @@ def slice_partition(
     if forms is not None:
         at_middle = forms[:, 0] + torch.einsum("rp,rpk->rk", middles, forms[:, 1:] - forms[:, :1])
     net.check(inputs, region, at_middle)
-    rows, columns, lengths = neighbours(vertices, labels, offsets, reach)
+    pairs, borders = neighbours(vertices, labels, offsets, reach)
     return SlicePartition(
         polygons=np.split(vertices, offsets[1:-1]),
         region=region,
@@ -238,8 +254,8 @@ def slice_partition(
         basis=basis,
         domain=corners,
         points=np.zeros((0, 2)) if points is None else np.asarray(points, dtype=float),
-        pairs=np.stack((rows, columns), 1),
-        lengths=lengths,
+        pairs=pairs,
+        borders=borders,
     )
 
 
