@@ -36,23 +36,20 @@ def parity() -> str:
 
 def invariances() -> str:
     """The table of metrics and what they are invariant to."""
-    heads = list(table.CHANGES)
     lines = [
         "# What is invariant to what",
         "",
         "Every cell is a test (`tests/test_invariances.py`), also the empty ones: there the value changes.",
         "Written by `python docs/generate.py`; a test fails when this page is stale.",
-        "",
-        *(f"- **{key}**: {text}" for key, (text, _) in table.CHANGES.items()),
-        "",
-        "| of two layers | " + " | ".join(heads) + " |",
-        "|---|" + ":-:|" * len(heads),
     ]
-    for group, title in ((table.PAIRS, None), (table.LAYERS, "of one layer and labels")):
-        if title:
-            lines += ["", f"| {title} | " + " | ".join(heads) + " |", "|---|" + ":-:|" * len(heads)]
-        for name in group:
-            cells = ["yes" if table.invariant(name, change) else "" for change in heads]
+    explained: list[dict] = []
+    for title, (changes, metrics) in table.GROUPS.items():
+        if changes not in explained:
+            lines += ["", *(f"- **{key}**: {text}" for key, (text, _) in changes.items())]
+            explained.append(changes)
+        lines += ["", f"| {title} | " + " | ".join(changes) + " |", "|---|" + ":-:|" * len(changes)]
+        for name in metrics:
+            cells = ["yes" if table.invariant(name, change) else "" for change in changes]
             lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
 """Which metric is invariant to what: the table of docs/invariances.md, every cell of which is tested.
 
-A measure of two layers has one of them changed; a metric of one layer and labels has its layer changed.
+A measure of two layers has one of them changed; a metric of one layer and labels has its layer changed; metrics of
+feature maps and of gates have changes of their own.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 import repgraph
+from repgraph.metrics import complexity as c
 from repgraph.metrics import similarity as s
+from repgraph.metrics.feature_entropy import feature_birth, feature_entropy
 
 Change = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -39,6 +42,11 @@ def _offset(x, generator):
 
 def _row_scale(x, generator):
     return x * torch.exp(_normal(generator, len(x), 1))
+
+
+def _common_order(x, generator):
+    order = torch.randperm(x.shape[-1], generator=generator)
+    return x[..., order, :][..., order]
 
 
 CHANGES: dict[str, tuple[str, Change]] = {
@@ -82,6 +90,48 @@ LAYERS: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
 }
 
 
+MAP_CHANGES: dict[str, tuple[str, Change]] = {
+    "S": ("positive scale", lambda x, generator: 3.7 * x),
+    "M": ("increasing function of the values", lambda x, generator: torch.exp(x)),
+    "T": ("transpose", lambda x, generator: x.mT),
+    "C": ("one order of rows and columns", _common_order),
+    "D": ("values on the diagonal", lambda x, g: x + torch.diag_embed(_normal(g, *x.shape[:-1]))),
+    "F": ("horizontal flip", lambda x, generator: x.flip(-1)),
+    "H": ("shift by one pixel, cyclic", lambda x, generator: x.roll(1, -1)),
+    "P": ("order of the samples", lambda x, g: x[torch.randperm(len(x), generator=g)]),
+}  # fmt: skip
+
+MAPS: dict[str, tuple[Callable[[Tensor], float], str]] = {
+    "feature_birth, mean": (lambda x: float(feature_birth(x).double().mean()), "S M T C D P"),
+    "feature_entropy": (lambda x: float(feature_entropy(feature_birth(x)).entropy), "S M T C D P"),
+}
+
+GATE_CHANGES: dict[str, tuple[str, Change]] = {
+    "P": ("order of the gates", lambda x, g: x[:, torch.randperm(x.shape[1], generator=g)]),
+    "F": ("some gates the other way round", lambda x, g: x ^ (torch.rand(x.shape[1], generator=g) > 0.5)),
+    "R": ("every gate three times", lambda x, generator: x.repeat(1, 3)),
+    "C": ("constant gates added", lambda x, generator: torch.cat((x, torch.ones_like(x)), 1)),
+    "I": ("an independent gate added", lambda x, g: torch.cat((x, torch.rand(len(x), 4, generator=g) > 0.5), 1)),
+    "O": ("order of the samples and labels", None),
+}
+
+GATES: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
+    "gate_entropy": (lambda x, y: c.gate_entropy(x, lam=0.05), "P F R O"),
+    "gate_entropy, width=active": (lambda x, y: c.gate_entropy(x, lam=0.05, width="active"), "P F R C O"),
+    "gate_entropy, estimator=plugin": (lambda x, y: c.gate_entropy(x, estimator="plugin"), "P F R C O"),
+    "gate_label_information": (lambda x, y: c.gate_label_information(x, y, lam=0.05), "P F R O"),
+    "activation_cross_entropy": (lambda x, y: c.activation_cross_entropy(x), "P F C O"),
+    "total_correlation, estimator=plugin": (lambda x, y: c.total_correlation(x, estimator="plugin"), "P F C O"),
+}
+
+GROUPS: dict[str, tuple[dict, dict]] = {
+    "of two layers": (CHANGES, PAIRS),
+    "of one layer and labels": (CHANGES, LAYERS),
+    "of feature maps": (MAP_CHANGES, MAPS),
+    "of gates": (GATE_CHANGES, GATES),
+}
+
+
 def draw(seed: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
     """Two related layers (32, 5) and (32, 6), labels in three classes, and the generator for what follows."""
     generator = torch.Generator().manual_seed(seed)
@@ -94,17 +144,26 @@ def draw(seed: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
 def before_and_after(name: str, change: str, seed: int) -> tuple[float, float]:
     """A metric's value before and after the change."""
     x, y, labels, generator = draw(seed)
+    if name in MAPS:
+        maps = torch.relu(_normal(generator, 30, 8, 8))
+        return MAPS[name][0](maps), MAPS[name][0](MAP_CHANGES[change][1](maps, generator))
+    if name in GATES:
+        x, generator = x > 0, torch.Generator().manual_seed(seed)
     pair = name in PAIRS
-    metric = (PAIRS if pair else LAYERS)[name][0]
+    metric = (PAIRS | LAYERS | GATES)[name][0]
     first, second = (x, y) if pair else (y, labels)
+    if name in GATES:
+        first = x
     before = metric(first, second)
-    if change == "P":
+    if change == ("O" if name in GATES else "P"):
         order = torch.randperm(len(x), generator=generator)
         return before, metric(first[order], second[order])
+    if name in GATES:
+        return before, metric(GATE_CHANGES[change][1](first, generator), labels)
     changed = CHANGES[change][1](y, generator)
     return before, metric(first, changed) if pair else metric(changed, second)
 
 
 def invariant(name: str, change: str) -> bool:
     """What the table says."""
-    return change in (PAIRS | LAYERS)[name][1].split()
+    return change in (PAIRS | LAYERS | MAPS | GATES)[name][1].split()

@@ -11,11 +11,13 @@ import networkx as nx
 import numpy as np
 import scipy.linalg
 import scipy.spatial
+import scipy.stats
 import torch
 from sklearn.metrics.pairwise import cosine_similarity, paired_cosine_distances, rbf_kernel
 from sklearn.neighbors import NearestNeighbors, kneighbors_graph, radius_neighbors_graph
 
 import repgraph
+from repgraph.metrics import complexity, feature_entropy, spline
 from repgraph.metrics import similarity as ours
 
 
@@ -221,6 +223,90 @@ def _graph(x=X, k=3, symmetrize="mean"):
     return repgraph.knn_graph(x, k, symmetrize=symmetrize)
 
 
+MAPS = np.maximum(np.random.default_rng(1).normal(size=(40, 12, 12)), 0)
+GATES = X[:, :8] > X[:, :8].median()
+LINES = (Y[:12, :2] / Y[:12, :2].norm(dim=1, keepdim=True), 0.4 + X[:12, 0].abs() / 4)
+
+
+def _birth_rips(u):
+    """First birth of a 1-cycle when distances are the ranks of the weights, by gudhi."""
+    import gudhi
+
+    tree = gudhi.RipsComplex(distance_matrix=_ranks(u)).create_simplex_tree(max_dimension=2)
+    tree.compute_persistence(homology_coeff_field=2, persistence_dim_max=True)
+    bars = tree.persistence_intervals_in_dimension(1)
+    return bars[:, 0].min() if len(bars) else 0
+
+
+def _birth_ripser(u):
+    from ripser import ripser
+
+    bars = ripser(_ranks(u), maxdim=1, distance_matrix=True)["dgms"][1]
+    return bars[:, 0].min() if len(bars) else 0
+
+
+def _ranks(u):
+    weight = np.maximum(u, u.T)
+    upper = np.triu_indices(len(u), 1)
+    ranks = np.zeros_like(weight)
+    ranks[upper] = np.unique(-weight[upper], return_inverse=True)[1] + 1
+    return ranks + ranks.T
+
+
+def _births():
+    return feature_entropy.feature_birth(MAPS, density=1.0)
+
+
+def _birth_entropy():
+    births = _births().numpy()
+    return float(scipy.stats.entropy(np.unique(births[births > 0], return_counts=True)[1]))
+
+
+def _kernel_entropy(gates, lam=0.01):
+    """Log density at the gates themselves, by scikit-learn, freed of the Gaussian's normalisation."""
+    from sklearn.neighbors import KernelDensity
+
+    d = gates.shape[1]
+    density = KernelDensity(bandwidth=(lam * d) ** 0.5).fit(gates).score_samples(gates)
+    return float(-(density + d / 2 * np.log(2 * np.pi * lam * d)).mean() / np.log(2))
+
+
+def _label_information():
+    from sklearn.metrics import mutual_info_score
+
+    codes = np.unique(GATES.numpy(), axis=0, return_inverse=True)[1].ravel()
+    return mutual_info_score(LABELS, codes) / np.log(2)
+
+
+def _single_gates():
+    rates = GATES.double().mean(0).numpy()
+    return float(scipy.stats.entropy(np.stack((rates, 1 - rates)), base=2).sum())
+
+
+def _centre_cell():
+    w, b = LINES
+    net = torch.nn.Sequential(torch.nn.Linear(2, 12), torch.nn.ReLU()).double().eval()
+    net[0].weight.data, net[0].bias.data = w, b
+    box = [[-2, -2], [2, -2], [2, 2], [-2, 2]]
+    cells = spline.slice_partition(net, torch.zeros(2, dtype=torch.float64), torch.eye(2), box, progress=False)
+    centre = int((cells.codes == 1).all(1).nonzero())  # all biases are positive: the origin is on every unit's side
+    return float(cells.areas[centre])
+
+
+def _centre_cell_by_halfspaces():
+    w, b = (part.numpy() for part in LINES)
+    box = np.concatenate((np.eye(2), -np.eye(2)))
+    halfspaces = np.vstack((np.c_[-w, -b], np.c_[box, np.full(4, -2.0)]))
+    corners = scipy.spatial.HalfspaceIntersection(halfspaces, np.zeros(2)).intersections
+    return float(scipy.spatial.ConvexHull(corners).volume)
+
+
+def _unit_redundancy():
+    layer = torch.nn.Linear(8, 60).double()
+    layer.weight.data, layer.bias.data = X, torch.zeros(60, dtype=torch.float64)
+    return float(spline.unit_redundancy(layer).mean())
+
+
 ROWS = [
     Row("modularity, k = 3", lambda: repgraph.modularity(_graph(), LABELS), ("sklearn", "networkx"),
         lambda: nx.community.modularity(nx.from_scipy_sparse_array(_symmetric(A, 3)), _classes())),
@@ -268,4 +354,21 @@ ROWS = [
     Row("triangles, k = 5", lambda: float(sum(ours.triangle_motifs(_graph(k=5), LABELS))), ("networkx",), _triangles),
     Row("triangles of one class, k = 5", lambda: float(ours.triangle_motifs(_graph(k=5), LABELS).type1),
         ("networkx",), _type1),
+    Row("mean birth of 40 maps", lambda: float(_births().double().mean()), ("gudhi",),
+        lambda: float(np.mean([_birth_rips(u) for u in MAPS]))),
+    Row("mean birth of 40 maps", lambda: float(_births().double().mean()), ("ripser",),
+        lambda: float(np.mean([_birth_ripser(u) for u in MAPS]))),
+    Row("feature entropy", lambda: float(feature_entropy.feature_entropy(_births()).entropy), ("scipy",),
+        _birth_entropy),
+    Row("gate entropy, kernel", lambda: complexity.gate_entropy(GATES), ("sklearn",), lambda: _kernel_entropy(GATES)),
+    Row("gate entropy, plug-in", lambda: complexity.gate_entropy(GATES, estimator="plugin"), ("scipy",),
+        lambda: float(scipy.stats.entropy(np.unique(GATES, axis=0, return_counts=True)[1], base=2))),
+    Row("label information, plug-in",
+        lambda: complexity.gate_label_information(GATES, LABELS, estimator="plugin"), ("sklearn",), _label_information),
+    Row("entropies of single gates", lambda: complexity.activation_cross_entropy(GATES), ("scipy",), _single_gates),
+    Row("area of one cell of 12 lines", _centre_cell, ("scipy",), _centre_cell_by_halfspaces),
+    Row("partition distance", lambda: spline.partition_distance(GATES[:30], GATES[30:]), ("scipy",),
+        lambda: float(np.mean([scipy.spatial.distance.hamming(GATES[i], GATES[30 + i]) for i in range(30)]))),
+    Row("unit redundancy, no biases", _unit_redundancy, ("sklearn",),
+        lambda: float((1 - np.abs(cosine_similarity(A))).mean())),
 ]  # fmt: skip

@@ -3,10 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invariances import CHANGES, LAYERS, PAIRS, before_and_after, invariant
+from invariances import GROUPS, before_and_after, invariant
 
-NAMES = [*PAIRS, *LAYERS]
-CELLS = [(name, change) for name in NAMES for change in CHANGES]
+CELLS = [(name, change) for changes, metrics in GROUPS.values() for name in metrics for change in changes]
 
 
 @pytest.mark.parametrize(("name", "change"), [cell for cell in CELLS if invariant(*cell)])

@@ -79,8 +79,9 @@ class Recording:
                 pass
         for pattern in self.patterns:
             if not any(matches(name, [pattern]) for name in all_gates):
-                found = f"the gates are {', '.join(all_gates)}" if all_gates else "none was called"
-                which = "" if pattern == f"{GATES}*" else f" {pattern!r}"
+                names = ", ".join(name.removeprefix(GATES) for name in all_gates)
+                found = f"the gates are {names}" if all_gates else "none was called"
+                which = "" if pattern == f"{GATES}*" else f" {pattern.removeprefix(GATES)!r}"
                 raise ValueError(
                     f"no gate{which} in the model: gates are those of ReLU, leaky and parametric ReLU, threshold, "
                     f"hardtanh, ReLU6, hardsigmoid and clamp from 0; {found}"

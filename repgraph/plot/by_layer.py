@@ -106,7 +106,7 @@ def curve(
     )
     for text, limit in limits.items():
         if isinstance(curve, pd.DataFrame) and limit in curve:
-            draw_limit(ax, x, curve[limit], text)
+            draw_limit(ax, x, curve[limit], text, below=text == "ceiling" and name != "modularity")
     label_layers(ax, [str(layer) for layer in mean.index])
     ax.set_ylabel(_NAMES.get(name, name.replace("_", " ")))
     ax.spines[["top", "right"]].set_visible(False)
@@ -179,15 +179,16 @@ def main_columns(table: pd.DataFrame) -> list[str]:
     return [name for name in _FAMILIES if name in table]
 
 
-def draw_limit(ax: Axes, x: np.ndarray, level: pd.Series, text: str) -> None:
+def draw_limit(ax: Axes, x: np.ndarray, level: pd.Series, text: str, *, below: bool) -> None:
     """A bound that a number cannot pass, or what noise gives: a dotted line and its name."""
     ax.plot(x, level, color=GREY, linestyle=":", linewidth=1)
     known = np.flatnonzero(level.notna())
     if len(known):
         at = (x[known[0]], level.iloc[known[0]])
-        below = text.startswith("ceiling")
-        place = {"va": "top" if below else "bottom"}
-        ax.annotate(text, at, (0, -3 if below else 3), textcoords="offset points", color=GREY, size=8, **place)
+        ax.annotate(
+            text, at, (0, -3 if below else 3), textcoords="offset points", va="top" if below else "bottom", color=GREY,
+            size=8,
+        )  # fmt: skip
 
 
 def draw_chance(

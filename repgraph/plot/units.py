@@ -56,8 +56,8 @@ def unit_entropies(result: UnitFeatureEntropy, *, ax: Axes | None = None) -> Axe
         else:
             ax.plot(np.full(len(values), place), values, "_", color=BLUE)
     ax.plot(x, table["entropy"], color=BLUE, marker="o", markersize=3.5, linewidth=1.5)
-    draw_limit(ax, x, table["floor"], "noise")
-    draw_limit(ax, x, table["ceiling"], "ceiling ln n")
+    draw_limit(ax, x, table["floor"], "noise", below=False)
+    draw_limit(ax, x, table["ceiling"], "ceiling ln n", below=True)
     label_layers(ax, [str(name) for name in table.index])
     ax.set_ylabel("feature entropy, nats")
     ax.set_title(
@@ -119,7 +119,7 @@ def complexity(
     for (column, label), color in zip(names.items(), (BLUE, _ORANGE, _GREEN), strict=True):
         ax.plot(x, table[column], color=color, marker="o", markersize=3, linewidth=1.5, label=label)
     ceiling, text = (report.ceiling, "ceiling log2 N") if of == "entropy" else (report.label_ceiling, "ceiling H(Y)")
-    draw_limit(ax, x, pd.Series(np.full(len(x), ceiling)), text)
+    draw_limit(ax, x, pd.Series(np.full(len(x), ceiling)), text, below=True)
     label_layers(ax, [str(name) for name in table.index])
     ax.set_ylim(bottom=0)
     ax.set_ylabel("transformation complexity, bits" if of == "entropy" else "label information, bits")

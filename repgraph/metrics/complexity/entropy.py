@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -139,7 +140,7 @@ def activation_cross_entropy(S: Tensor | np.ndarray) -> float:
     Raises
     ------
     ValueError
-        If S is not (N, D) with values in [0, 1].
+        If S is not (N, D) with N >= 2, D >= 1 and values in [0, 1].
 
     References
     ----------
@@ -214,11 +215,12 @@ def total_correlation(
     if estimator == "plugin":
         return cross_entropy(pairs.rates) - pairs.entropy(lam, "plugin", "total")
     generator = torch.Generator("cpu").manual_seed(seed)
-    others = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    others = []
     for _ in range(draws):
         fakes = torch.rand(rows.shape, generator=generator, device="cpu").to(rows.device) < pairs.rates
-        others += _log_means(_squares_to(rows, fakes), lam * pairs.gates).exp2() / draws
-    return float((_log_means(pairs.squares, lam * pairs.gates) - others.log2()).mean())
+        others.append(_log_means(_squares_to(rows, fakes), lam * pairs.gates))
+    mean = torch.logsumexp(torch.stack(others) * math.log(2), 0) / math.log(2) - math.log2(draws)
+    return float((_log_means(pairs.squares, lam * pairs.gates) - mean).mean())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -248,19 +250,25 @@ def _log_means(squares: Tensor, spread: float, codes: Tensor | None = None) -> T
     """log2 of the mean over j (of i's class) of exp(-d_ij / (2 spread)); spread 0 counts equal rows. (N,) float64."""
     found = []
     for i in range(0, len(squares), _ROWS):
-        block = squares[i : i + _ROWS]
-        values = (block.double() / (-2 * spread)).exp_() if spread else (block == 0).double()
+        block = squares[i : i + _ROWS].double()
+        nearest = block.amin(1, keepdim=True)  # 0 but for other samples' rows, from which the kernel may underflow
+        values = ((nearest - block) / (2 * spread)).exp_() if spread else (block == 0).double()
         if codes is None:
-            found.append(values.mean(1))
+            mean = values.mean(1)
         else:
             same = codes[i : i + _ROWS, None] == codes
-            found.append((values * same).sum(1) / same.sum(1))
-    return torch.cat(found).log2()
+            mean = (values * same).sum(1) / same.sum(1)
+        found.append(mean.log2() - (nearest[:, 0] / (2 * spread * math.log(2)) if spread else 0))
+    return torch.cat(found)
 
 
 def pairs_of(S: Tensor, gates: int | None = None) -> Pairs:
     """Pairs of the rows of gates (N, D), or of packed bits (N, ceil(D / 8)) of so many gates."""
     squares, rates, changing = _compared(S, gates)
+    if S.is_floating_point():  # distances of soft gates are rounded: rows are equal or not
+        rows = torch.unique(S, dim=0, return_inverse=True)[1]
+        least = torch.finfo(squares.dtype).tiny
+        squares = torch.where(rows[:, None] == rows, 0, squares.clamp_min(least))
     return Pairs(squares, rates, len(rates), int(changing.sum()))
 
 
@@ -314,7 +322,7 @@ def _squares_to(S: Tensor, others: Tensor) -> Tensor:
 
 def cross_entropy(rates: Tensor) -> float:
     """Sum of the entropies of gates with these activation rates, in bits."""
-    return float((torch.special.entr(rates) + torch.special.entr(1 - rates)).sum() / np.log(2))
+    return float((torch.special.entr(rates) + torch.special.entr(1 - rates)).sum() / math.log(2))
 
 
 def checked_labels(y: Labels, n: int) -> Tensor:

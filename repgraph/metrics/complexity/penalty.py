@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from repgraph.activations.forward import kept_random_state
 from repgraph.activations.gates import RELU_LIKE
 
 _MOMENTUM = 0.9
@@ -27,7 +29,8 @@ class ComplexityPenalty:
     Parameters
     ----------
     layers
-        Modules: of a ReLU-like one the input is the pre-activation, of any other the output.
+        Modules: of a ReLU, LeakyReLU, PReLU or RReLU the input is the pre-activation, of any other the output. Each
+        call counts by itself, for a module that runs more than once.
     kind
         "kde" or "ebm".
     beta
@@ -38,12 +41,12 @@ class ComplexityPenalty:
     tau, steps
         For "ebm": step size and number of the Langevin steps that make samples of the model.
     seed
-        Of these samples.
+        Of these samples, and of the weights of the networks f.
 
     Attributes
     ----------
-    energies : dict of int to EnergyNetwork
-        For "ebm": the network f of each layer, made when its first batch runs.
+    energies : dict
+        For "ebm": (number of the layer, number of its call) -> `EnergyNetwork`, made when its first batch runs.
 
     Raises
     ------
@@ -52,8 +55,9 @@ class ComplexityPenalty:
 
     Notes
     -----
-    With "ebm" the output of a ReLU-like layer is z sigmoid(beta z) inside the block, as in the paper; "kde" leaves the
-    forward pass alone. At the end of the block all hooks are gone.
+    Call the penalty once per forward pass. With "ebm" the output of a ReLU is z sigmoid(beta z) inside the block, as in
+    the paper, and axis 1 of the gates is the channels; "kde" leaves the forward pass alone. At the end of the block all
+    hooks are gone.
 
     References
     ----------
@@ -66,6 +70,16 @@ class ComplexityPenalty:
     >>> with ComplexityPenalty([net[1]]) as penalty:
     ...     loss = net(torch.randn(16, 3)).square().mean() + 0.1 * penalty()
     >>> loss.backward()
+
+    With "ebm" the networks f learn after the model's own step:
+
+    >>> with ComplexityPenalty([net[1]], kind="ebm") as penalty:
+    ...     loss = net(torch.randn(16, 3)).square().mean() + 0.1 * penalty()
+    ...     loss.backward()
+    ...     optimizer = torch.optim.Adam(penalty.parameters(), 1e-4)
+    ...     optimizer.zero_grad()
+    ...     penalty.energy_loss().backward()
+    ...     optimizer.step()
     """
 
     def __init__(
@@ -79,38 +93,46 @@ class ComplexityPenalty:
         steps: int = 5,
         seed: int = 0,
     ) -> None:
-        self.layers = [layers] if isinstance(layers, nn.Module) else list(layers)
+        self.layers = (
+            [layers] if isinstance(layers, nn.Module) else list(layers) if isinstance(layers, Iterable) else []
+        )
         if not self.layers or not all(isinstance(layer, nn.Module) for layer in self.layers):
             raise ValueError(f"layers must be one or more nn.Module, got {layers!r}")
+        other = next((layer for layer in self.layers if isinstance(layer, RELU_LIKE) and not _at_zero(layer)), None)
+        if other is not None:
+            raise ValueError(
+                f"layers: the gates of {type(other).__name__} are not at 0; choose ReLU, LeakyReLU, PReLU or RReLU, or "
+                "the layer before it"
+            )
         if kind not in ("kde", "ebm"):
             raise ValueError(f"kind must be 'kde' or 'ebm', got {kind!r}")
         for name, value in (("beta", beta), ("lam", lam), ("tau", tau), ("steps", steps)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
         self.kind, self.beta, self.lam, self.tau, self.steps = kind, beta, lam, tau, steps
-        self.energies: dict[int, EnergyNetwork] = {}
+        self.energies: dict[tuple[int, int], EnergyNetwork] = {}
+        self.seed = seed
         self._generator = torch.Generator("cpu").manual_seed(seed)
-        self._gates: dict[int, list[Tensor]] = {}
-        self._last: dict[int, Tensor] = {}
-        self._z: Tensor | None = None
+        self._gates: dict[tuple[int, int], Tensor] = {}  # of each call since the penalty was last taken
+        self._real: dict[tuple[int, int], Tensor] = {}  # what the networks f learn from
+        self._soft: Tensor | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         for number, layer in enumerate(self.layers):
             if isinstance(layer, RELU_LIKE):
-                before = layer.register_forward_pre_hook(lambda _, args, number=number: self._keep(number, args[0]))
-                self._stack.callback(before.remove)
-                if self.kind == "ebm":
-                    soft = layer.register_forward_hook(lambda _, __, ___, number=number: self._soft_output(number))
-                    self._stack.callback(soft.remove)
+                before = partial(self._before, number)
+                self._stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                if self.kind == "ebm" and isinstance(layer, nn.ReLU):
+                    self._stack.callback(layer.register_forward_hook(lambda *_: self._soft).remove)
             else:
-                after = layer.register_forward_hook(lambda _, __, z, number=number: self._keep(number, z))
-                self._stack.callback(after.remove)
+                self._stack.callback(layer.register_forward_hook(partial(self._after, number)).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._gates.clear()
+        self._soft = None
 
     def __call__(self) -> Tensor:
         """The penalty of what ran since the last call, a scalar with gradients to the layers' weights.
@@ -121,32 +143,33 @@ class ComplexityPenalty:
             If nothing ran, or fewer than 2 samples.
         """
         taken, self._gates = self._gates, {}
-        self._last = {number: torch.cat(parts) for number, parts in taken.items()}
-        if len(self._last) < len(self.layers):
-            missing = next(number for number in range(len(self.layers)) if number not in self._last)
+        missing = next((number for number in range(len(self.layers)) if (number, 0) not in taken), None)
+        if missing is not None:
             raise ValueError(
                 f"layers[{missing}] ({type(self.layers[missing]).__name__}) has not run since the last call: run the "
                 "model inside the with block first"
             )
-        value = self._kde if self.kind == "kde" else self._energy
-        return torch.stack([value(number, gates) for number, gates in self._last.items()]).sum()
+        if self.kind == "kde":
+            return torch.stack([self._kde(gates) for gates in taken.values()]).sum()
+        self._real = {key: gates.detach() for key, gates in taken.items()}
+        return torch.stack([self._energy(key, gates) for key, gates in taken.items()]).sum()
 
     def energy_loss(self) -> Tensor:
         """For "ebm": the loss of the networks f on the gates of the last call, mean f(samples) - f(gates).
 
-        Minimise it with an optimizer of `parameters()`. The samples are Langevin steps from the batch.
+        Minimise it with an optimizer of `parameters()`, after the gradients of the penalty itself were taken. The
+        samples are Langevin steps from the batch.
 
         Raises
         ------
         ValueError
             If kind is "kde" or the penalty has not been called.
         """
-        if self.kind != "ebm" or not self._last:
+        if self.kind != "ebm" or not self._real:
             raise ValueError("energy_loss needs kind='ebm' and a call of the penalty before it")
         losses = []
-        for number, gates in self._last.items():
-            energy = self.energies[number]
-            real = gates.detach()
+        for key, real in self._real.items():
+            energy = self.energies[key]
             fake = real.clone()
             for _ in range(self.steps):
                 with torch.enable_grad():
@@ -162,27 +185,40 @@ class ComplexityPenalty:
         for energy in self.energies.values():
             yield from energy.parameters()
 
-    def _keep(self, number: int, z: Tensor) -> None:
-        self._gates.setdefault(number, []).append(torch.sigmoid(self.beta * z))
-        self._z = z if self.kind == "ebm" else None
+    def _before(self, number: int, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        z = args[0] if args else next(iter(kwargs.values()))
+        gates = self._keep(number, z)
+        if self.kind == "ebm":
+            self._soft = z.clone() * gates  # an in-place ReLU changes z
 
-    def _soft_output(self, number: int) -> Tensor:
-        assert self._z is not None
-        return self._z * self._gates[number][-1]
+    def _after(self, number: int, _: nn.Module, __: object, z: Tensor) -> None:
+        self._keep(number, z)
 
-    def _kde(self, _: int, gates: Tensor) -> Tensor:
+    def _keep(self, number: int, z: Tensor) -> Tensor:
+        gates = torch.sigmoid(self.beta * z)
+        self._gates[number, sum(key[0] == number for key in self._gates)] = gates
+        return gates
+
+    def _kde(self, gates: Tensor) -> Tensor:
         flat = gates.flatten(1)
         if len(flat) < 2:
             raise ValueError(f"a batch must have at least 2 samples, got {len(flat)}")
         return soft_gate_entropy(flat, self.lam)
 
-    def _energy(self, number: int, gates: Tensor) -> Tensor:
-        if number not in self.energies:
-            self.energies[number] = EnergyNetwork(gates.shape[1]).to(gates.device)
-        energy = self.energies[number]
+    def _energy(self, key: tuple[int, int], gates: Tensor) -> Tensor:
+        if key not in self.energies:
+            with kept_random_state():
+                torch.manual_seed(self.seed + len(self.energies))
+                self.energies[key] = EnergyNetwork(gates.shape[1]).to(gates)
+        energy = self.energies[key]
         energy.update(gates.detach())
         value: Tensor = energy(gates).mean() / max(1, gates[0, 0].numel())
         return value
+
+
+def _at_zero(layer: nn.Module) -> bool:
+    """Whether a ReLU-like module has its only kink at 0."""
+    return isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.PReLU | nn.RReLU)
 
 
 class EnergyNetwork(nn.Module):
@@ -265,7 +301,9 @@ def gate_log_probability(gates: Tensor, rates: Tensor) -> Tensor:
 
 def soft_gate_entropy(gates: Tensor, lam: float) -> Tensor:
     """The estimate "kde" of `gate_entropy` for soft gates (N, D), differentiable, in bits."""
-    own = gates.square().sum(1)
-    squares = (own[:, None] + own - 2 * gates @ gates.T).clamp_min(0)
+    with torch.autocast(gates.device.type, enabled=False):
+        gates = gates if gates.dtype == torch.float64 else gates.float()
+        own = gates.square().sum(1)
+        squares = (own[:, None] + own - 2 * gates @ gates.T).clamp_min(0)
     similar = torch.logsumexp(-squares / (2 * lam * gates.shape[1]), 1) - math.log(len(gates))
     return -similar.mean() / math.log(2)

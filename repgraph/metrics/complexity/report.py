@@ -59,8 +59,8 @@ def gating_states(
         Name -> bool (N, D_l), in execution order: True where the pre-activation is above the kink (0; a zero counts
         as False). Channels and positions of a convolution are gates each. A call inside a ReLU-like module of
         torch has the module's name ("name#1" for its second call), a call of a function "name#relu0", "name#relu1",
-        ..., after the module that makes it. Hardtanh and ReLU6 have two kinks: the gates of the upper one follow as
-        "name/upper".
+        ..., after the module that makes it ("#relu0" in the model itself). Hardtanh and ReLU6 have two kinks: the
+        gates of the upper one follow as "name/upper".
 
     Raises
     ------
@@ -195,6 +195,8 @@ def transformation_complexity(
         progress=progress,
     )  # fmt: skip
     n = activations.n
+    if n < 2:
+        raise ValueError(f"inputs must hold at least 2 samples, got {n}")
     device = model_device(unwrap(model)) or torch.device("cpu")
     codes = None if activations.labels is None else checked_labels(activations.labels, n).to(device)
     rows: dict[str, dict[str, float]] = {}
