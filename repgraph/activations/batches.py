@@ -173,12 +173,14 @@ class _Slices:
             yield _take(self.whole, slice(start, start + self.batch_size), self.n)
 
 
-def to_device(item: object, device: torch.device | None, dtype: torch.dtype | None = None) -> object:
+def to_device(
+    item: object, device: torch.device | None, dtype: torch.dtype | None = None, *, copy: bool = False
+) -> object:
     """A batch with its tensors on the device, floating ones in the dtype where one is given."""
     if isinstance(item, Tensor):
         cast = dtype if dtype is not None and item.is_floating_point() else None
-        return item.to(device=device, dtype=cast, non_blocking=True)
-    return _mapped(item, lambda value: to_device(value, device, dtype))
+        return item.to(device=device, dtype=cast, non_blocking=True, copy=copy)
+    return _mapped(item, lambda value: to_device(value, device, dtype, copy=copy))
 
 
 def model_device(model: nn.Module) -> torch.device | None:

@@ -45,6 +45,13 @@ class Spec:
     """Number of gates, where the entry is gates packed eight to a byte."""
 
     @property
+    def text(self) -> str:
+        """The shape as people read it."""
+        if self.gates is not None:
+            return f"{self.gates} gates"
+        return " x ".join(map(str, self.shape)) or "scalar"
+
+    @property
     def nbytes(self) -> int:
         """Bytes per sample."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -254,14 +261,14 @@ class Activations(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         head = f"Activations(n={self.n}, layers={len(self)}, {readable(self.nbytes)} {self._place})"
         wide = max(map(len, self.specs))
-        rows = [f"  {name:{wide}}  {_shape(spec)}  {_dtype(spec)}" for name, spec in self.specs.items()]
+        rows = [f"  {name:{wide}}  {spec.text}  {_dtype(spec)}" for name, spec in self.specs.items()]
         if len(rows) > 40:
             rows[20:-20] = [f"  ... {len(rows) - 40} more ..."]
         return "\n".join([head, *rows])
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{escape(name)}</td><td>{_shape(spec)}</td><td>{_dtype(spec)}</td>"
+            f"<tr><td>{escape(name)}</td><td>{spec.text}</td><td>{_dtype(spec)}</td>"
             f"<td>{readable(spec.nbytes * self.n)}</td></tr>"
             for name, spec in self.specs.items()
         )
@@ -401,12 +408,6 @@ def readable(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
-
-
-def _shape(spec: Spec) -> str:
-    if spec.gates is not None:
-        return f"{spec.gates} gates"
-    return " x ".join(map(str, spec.shape)) or "scalar"
 
 
 def _dtype(spec: Spec) -> str:

@@ -84,11 +84,11 @@ def run(
             try:
                 with torch.no_grad(), watched(model, see, Watch) if gates is not None else nullcontext() as watch:
                     if forward is not None:
-                        forward(model, to_device(batch.raw, device))
+                        forward(model, to_device(batch.raw, device, copy=True))
                     elif isinstance(batch.inputs, Mapping):
-                        model(**to_device(batch.inputs, device, dtype))  # type: ignore[arg-type]
+                        model(**to_device(batch.inputs, device, dtype, copy=True))  # type: ignore[arg-type]
                     else:
-                        model(to_device(batch.inputs, device, dtype))
+                        model(to_device(batch.inputs, device, dtype, copy=True))
             except Exception as error:
                 error.add_note(
                     f"repgraph: batch {number} of shape {_shapes(batch.inputs)}; last layer to run: {last or 'none'}"
@@ -121,8 +121,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         for module, own in buffers.items():
-            module._buffers.clear()
-            module._buffers.update(own)
+            if not isinstance(module, torch.jit.ScriptModule):  # whose buffers cannot be replaced
+                module._buffers.clear()
+                module._buffers.update(own)
             for buffer in own.values():
                 if buffer is not None and not torch.equal(buffer, copies[id(buffer)]):
                     buffer.data.copy_(copies[id(buffer)])

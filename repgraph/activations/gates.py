@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
-GateVisit = Callable[[str, Tensor, "Kinks"], Tensor | None]
-"""Called with the key of a call, its input z (pre-activation) and its kinks; what it returns replaces the output."""
+GateVisit = Callable[[str, Tensor, "Kinks"], None]
+"""Called with the key of a call, its input z (pre-activation) and its kinks."""
 
 GATES = "gates:"  # before the name of a gate where names of layers stand beside it
 RELU_LIKE = (
@@ -70,8 +72,8 @@ def kinks_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kinks 
     ReLU, leaky, parametric and randomized (in eval mode) ReLU, threshold, hardtanh and ReLU6, hardsigmoid, and a clamp
     from 0 up.
     """
-    name = func.overloadpacket.__name__.removesuffix("_")
-    if name not in _FUNCTIONS:
+    name = function_name(func)
+    if name not in _FUNCTIONS or not args[0].is_floating_point():  # a clamp of indices is none
         return None
     given = {  # the dispatcher leaves out arguments that have their default value
         argument.name: args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
@@ -95,6 +97,14 @@ def kinks_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kinks 
     return _between(-3.0, 3.0, 1 / 6, 0.5) if name == "hardsigmoid" else _one(0.0)
 
 
+def function_name(func: Any) -> str:
+    """Name of an ATen operation, the same for its in-place form; empty for any other operation."""
+    if getattr(func, "namespace", "") != "aten" or not isinstance(func, torch._ops.OpOverload):
+        return ""
+    name: str = func.overloadpacket.__name__
+    return name.removesuffix("_")
+
+
 def _one(slope: float | Tensor) -> Kinks:
     """The identity above 0, with another slope below."""
     return Kinks((0.0,), (slope, 1.0), (0.0, 0.0))
@@ -113,21 +123,30 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     forward pass); any other call "name#relu0", "name#relu1", ..., name being the innermost module that runs.
     """
 
-    def __init__(self, visit: GateVisit) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, visit: GateVisit, fixed: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.visit = visit
+        self.fixed = WeakTensorKeyDictionary(dict.fromkeys(fixed, True))
+        """Parameters, buffers, and what is computed from these alone: the gates are those of the input."""
         self.paused = False
         self.running: list[tuple[str, nn.Module]] = []
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kinks = None if self.paused or not self.running else kinks_of(func, args, kwargs or {})
-        if kinks is None:
-            return func(*args, **(kwargs or {}))
-        instead = self.visit(self._key(), args[0], kinks)
-        if instead is None:
-            return func(*args, **(kwargs or {}))
-        return args[0].copy_(instead) if func.overloadpacket.__name__.endswith("_") else instead
+        fixed = all(value in self.fixed for value in _tensors_in((args, kwargs)))
+        if self.running and not self.paused and not fixed:
+            kinks = kinks_of(func, args, kwargs or {})
+            if kinks is not None:
+                self.visit(self._key(), args[0], kinks)
+        out = func(*args, **(kwargs or {}))
+        for value in _tensors_in(out):
+            if fixed:
+                self.fixed[value] = True
+            elif value in self.fixed:
+                del self.fixed[value]
+        return out
 
     def _key(self) -> str:
         name, module = self.running[-1]
@@ -136,6 +155,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return f"{name}#{self.calls[name] - 1}" if self.calls[name] > 1 else name
         self.calls[f"{name}#relu"] += 1
         return f"{name}#relu{self.calls[f'{name}#relu'] - 1}"
+
+
+def _tensors_in(values: Any) -> Iterator[Tensor]:
+    return (value for value in tree_leaves(values) if isinstance(value, Tensor))
 
 
 W = TypeVar("W", bound=Watch)
@@ -147,13 +170,13 @@ def watched(model: nn.Module, visit: GateVisit, kind: type[W]) -> Iterator[W]:
 
     `kind` is `Watch` or a class of its kind that sees more.
     """
-    watch = kind(visit)
+    watch = kind(visit, (*model.parameters(), *model.buffers()))
 
     def enter(name: str) -> Callable[[nn.Module, object], None]:
         return lambda module, _: watch.running.append((name, module))
 
     def leave(module: nn.Module, _: object, __: object) -> None:
-        if watch.running:
+        if watch.running and watch.running[-1][1] is module:  # not where an earlier hook stopped it from being entered
             watch.running.pop()
 
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -181,8 +204,9 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 def pack(bits: Tensor) -> Tensor:
     """Bool (b, D) -> uint8 (b, ceil(D / 8)): bit i of byte j is gate 8 j + i, and the last byte is filled with 0."""
-    padded = nn.functional.pad(bits, (0, -bits.shape[1] % 8)).contiguous()
-    return ((padded.view(torch.int64) * _MAGIC) >> 56).to(torch.uint8)
+    padded = bits.new_zeros((len(bits), -(-bits.shape[1] // 8), 8))
+    padded.flatten(1)[:, : bits.shape[1]] = bits
+    return ((padded.view(torch.int64)[..., 0] * _MAGIC) >> 56).to(torch.uint8)
 
 
 def unpack(packed: Tensor, gates: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -67,8 +68,9 @@ def choose(model: nn.Module, select: Select = "blocks") -> dict[str, nn.Module]:
 def items_of(model: nn.Module, select: Select) -> list[Item]:
     """The parts of a choice, names without the prefix that DataParallel gives."""
     items = [select] if isinstance(select, str | type) or callable(select) else list(select)
-    own = any(name == "module" for name, _ in model.named_children())
-    return [item.removeprefix("module.") if isinstance(item, str) and not own else item for item in items]
+    if any(name == "module" for name, _ in model.named_children()):
+        return items
+    return [re.sub(r"^(gates:)?module\.", r"\1", item) if isinstance(item, str) else item for item in items]
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

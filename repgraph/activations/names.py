@@ -16,7 +16,7 @@ from repgraph.activations.container import Spec
 from repgraph.activations.forward import call_key, first_tensor, kept_random_state
 from repgraph.activations.gates import GATES, Kinks, Watch, matches, wanted_gates, watched
 from repgraph.activations.layers import Select, choose, items_of, unwrap
-from repgraph.activations.recording import Recording, gate_spec
+from repgraph.activations.recording import Recording, check_found, gate_spec
 
 
 class LayerNames(list[str]):
@@ -36,7 +36,7 @@ class LayerNames(list[str]):
             (
                 name,
                 self.kinds[name],
-                " x ".join(map(str, self.specs[name].shape)) if name in self.specs else "?",
+                self.specs[name].text if name in self.specs else "?",
             )
             for name in self
         ]
@@ -100,8 +100,10 @@ def layer_names(model: nn.Module, select: Select = "blocks", data: object = None
         names, specs, given = list(modules), {}, "in order of registration"
         lazy = any(nn.parameter.is_lazy(p) for p in model.parameters())
         for example in () if lazy else _assumed_inputs(model):
-            with_shapes = _fake_shapes(model, modules, example, patterns)
-            if with_shapes:
+            found_by_example = _fake_shapes(model, modules, example, patterns)
+            if found_by_example is not None:
+                with_shapes, all_gates = found_by_example
+                check_found(patterns, all_gates)
                 names, specs = list(with_shapes), with_shapes
                 given = f"for an assumed input of {_text(example)}"
                 break
@@ -139,8 +141,14 @@ def _assumed_inputs(model: nn.Module) -> Iterator[object]:
             return
 
 
-def _fake_shapes(model: nn.Module, names: Iterable[str], example: object, patterns: Sequence[str]) -> dict[str, Spec]:
-    """What the layers give for an example input, from a copy of the model on fake tensors; empty if it does not run."""
+def _fake_shapes(
+    model: nn.Module, names: Iterable[str], example: object, patterns: Sequence[str]
+) -> tuple[dict[str, Spec], list[str]] | None:
+    """What the layers give for an example input, and all gates, from a copy of the model on fake tensors.
+
+    None if it does not run, or no layer does.
+    """
+    all_gates: list[str] = []
     specs: dict[str, Spec] = {}
     calls: Counter[str] = Counter()
 
@@ -151,6 +159,7 @@ def _fake_shapes(model: nn.Module, names: Iterable[str], example: object, patter
 
     def see(key: str, z: Tensor, kinks: Kinks) -> None:
         for name in kinks.keys(GATES + key):
+            all_gates.append(name)
             if matches(name, patterns):
                 specs[name] = gate_spec(z)
 
@@ -164,8 +173,8 @@ def _fake_shapes(model: nn.Module, names: Iterable[str], example: object, patter
         with fake, torch.no_grad(), watched(copied, see, Watch):
             copied(**example) if isinstance(example, Mapping) else copied(example)
     except Exception:  # any model may refuse any guess, for any reason
-        return {}
-    return specs
+        return None
+    return (specs, all_gates) if specs or patterns else None
 
 
 def _text(example: object) -> str:

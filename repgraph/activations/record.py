@@ -55,8 +55,10 @@ def capture(
         ("layer1.*"), a module type, a predicate (name, module) -> bool, or a list of names, wildcards and types.
         "gates" takes which side of its kink each ReLU-like unit is on, wherever the model calls one, as a module or a
         function: packed bits (n, ceil(D / 8)), uint8, for D units; "gates:layer1.*" some of them. They are named
-        "gates:" and the module, or "gates:name#relu0", "gates:name#relu1", ... for calls of functions inside a module;
-        the second kink of hardtanh and ReLU6 has "/upper" behind it.
+        "gates:" and the module ("#1" behind it for a second call), or "gates:name#relu0", "gates:name#relu1", ... for
+        calls of functions inside a module ("gates:#relu0" in the model itself). A bit is z > kink: 0, or the threshold;
+        the upper kink of hardtanh, ReLU6, hardsigmoid and clamp(0, high) has "/upper" behind it. `reduce` leaves gates
+        alone.
     labels
         Labels in the order of the data; they replace those of the batches.
     reduce

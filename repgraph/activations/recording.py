@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -77,15 +78,7 @@ class Recording:
         with closing(run(self.model, self.modules, [self._first], look, gates=seen, forward=self.forward)) as batches:
             for _ in batches:
                 pass
-        for pattern in self.patterns:
-            if not any(matches(name, [pattern]) for name in all_gates):
-                names = ", ".join(name.removeprefix(GATES) for name in all_gates)
-                found = f"the gates are {names}" if all_gates else "none was called"
-                which = "" if pattern == f"{GATES}*" else f" {pattern.removeprefix(GATES)!r}"
-                raise ValueError(
-                    f"no gate{which} in the model: gates are those of ReLU, leaky and parametric ReLU, threshold, "
-                    f"hardtanh, ReLU6, hardsigmoid and clamp from 0; {found}"
-                )
+        check_found(self.patterns, all_gates)
         exact = [item for item in items if isinstance(item, str) and re.search(r"#\d+$", item)]
         silent = [name for name in self.modules if name not in specs]
         named = [name for name in (*silent, *exact) if name in items and name not in specs]
@@ -97,7 +90,11 @@ class Recording:
         if exact:  # of a module that is meant by call, only the named calls
             others = [item for item in items if item not in exact]
             every = choose(self.model, others) if others else {}
-            specs = {key: spec for key, spec in specs.items() if key in exact or key.split("#")[0] in every}
+            specs = {
+                key: spec
+                for key, spec in specs.items()
+                if key in exact or key.split("#")[0] in every or spec.gates is not None
+            }
         return specs
 
     def _value(self, key: str, module: nn.Module, x: Tensor, batch: Batch) -> Tensor:
@@ -142,17 +139,18 @@ class Recording:
                         raise ValueError(f"layer {name!r} runs at sample {batch.start}, but not in the first batch")
                     continue
                 _check_batch(name, z, batch)
-                count, expected = bits[0].numel(), self.specs[name].gates
+                count, expected = math.prod(bits.shape[1:]), self.specs[name].gates
                 if count != expected:
                     raise ValueError(
                         f"layer {name!r} has {count} units at sample {batch.start}, expected {expected} as in the "
                         "first batch: pass inputs of equal size"
                     )
-                extremes.append((name, torch.stack(z.aminmax())))
+                if z.numel():
+                    extremes.append((name, torch.stack(z.aminmax())))
                 if batch.start == 0:
                     self._compare_probe(name, z)
                 seen.add(name)
-                keep(name, pack(bits.flatten(1)))
+                keep(name, pack(bits.reshape(len(bits), count)))
 
         first = self._iterator is not None
         batches = chain([self._first], self._iterator) if self._iterator is not None else iter(self.source)
@@ -213,9 +211,28 @@ class Recording:
         self._compare(batch.hashes(), batch)
 
 
+def check_found(patterns: Sequence[str], gates: Sequence[str]) -> None:
+    """Refuse a choice of gates that none of those called matches.
+
+    Raises
+    ------
+    ValueError
+        That lists the gates.
+    """
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in gates):
+            names = ", ".join(name.removeprefix(GATES) for name in gates)
+            found = f"the gates are {names}" if gates else "none was called"
+            which = "" if pattern == f"{GATES}*" else f" {pattern.removeprefix(GATES)!r}"
+            raise ValueError(
+                f"no gate{which} in the model: gates are those of ReLU, leaky and parametric ReLU, threshold, "
+                f"hardtanh, ReLU6, hardsigmoid and clamp from 0; {found}"
+            )
+
+
 def gate_spec(z: Tensor) -> Spec:
     """What is kept of the gates of a call with input z (b, ...): one bit per unit, eight to a byte."""
-    count = z[0].numel()
+    count = math.prod(z.shape[1:])
     return Spec((-(-count // 8),), torch.uint8, count)
 
 
@@ -223,7 +240,8 @@ def _check_batch(key: str, x: Tensor, batch: Batch) -> None:
     if x.ndim == 0 or len(x) != batch.size:
         raise ValueError(
             f"layer {key!r} gives shape {tuple(x.shape)} for a batch of {batch.size} samples: its first axis must "
-            "be the batch (batch_first=True in torch's attention and recurrent layers)"
+            "be the batch (batch_first=True in torch's attention and recurrent layers; other gates can be chosen as "
+            "'gates:name')"
         )
 
 

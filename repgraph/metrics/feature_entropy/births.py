@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -113,10 +114,10 @@ def limits(max_rank: int | None, density: float, preset: Preset | None) -> tuple
     """
     if preset not in (None, "zhao2022"):
         raise ValueError(f"preset must be 'zhao2022' or None, got {preset!r}")
-    if not 0 < density <= 1:
+    if isinstance(density, bool) or not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density!r}")
-    if max_rank is not None and (isinstance(max_rank, bool) or max_rank < 1):
-        raise ValueError(f"max_rank must be at least 1, got {max_rank!r}")
+    if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, Integral) or max_rank < 1):
+        raise ValueError(f"max_rank must be an integer of at least 1, got {max_rank!r}")
     if preset is None:
         return max_rank, density
     if max_rank not in (None, _ZHAO_MAX_RANK) or density != _DENSITY:
@@ -125,22 +126,30 @@ def limits(max_rank: int | None, density: float, preset: Preset | None) -> tuple
 
 
 def _checked(maps: Tensor | np.ndarray) -> np.ndarray:
-    x = torch.as_tensor(maps).detach()
-    if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+    """The maps as a C-ordered array of float32, float64 or int64 that tells apart what they tell apart."""
+    if isinstance(maps, Tensor):
+        x = maps.detach().cpu()
+        array = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+    else:
+        array = np.asarray(maps)
+    if array.ndim < 2 or array.shape[-1] != array.shape[-2]:
         raise ValueError(
-            f"maps must be square, (..., m, m), got shape {tuple(x.shape)}: rows and columns are the same vertices; "
+            f"maps must be square, (..., m, m), got shape {array.shape}: rows and columns are the same vertices; "
             "resize or crop rectangular maps to a square first, and say so"
         )
-    if x.shape[-1] < 4:
-        raise ValueError(f"maps must be at least 4 x 4 (no smaller graph has a hole), got shape {tuple(x.shape)}")
-    if x.is_complex():
-        raise ValueError(f"maps must be real, got {x.dtype}")
-    if x.dtype not in (torch.float32, torch.float64):
-        x = x.to(torch.float64 if x.dtype in (torch.int32, torch.int64) else torch.float32)
-    if not bool(x.isfinite().all()):
-        raise ValueError("maps must be finite, got NaN or infinite values")
-    array: np.ndarray = x.cpu().contiguous().numpy()
-    return array
+    if array.shape[-1] < 4:
+        raise ValueError(f"maps must be at least 4 x 4 (no smaller graph has a hole), got shape {array.shape}")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"maps must be real numbers, got {array.dtype}")
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32, copy=False)
+        if not np.isfinite(array).all():
+            raise ValueError("maps must be finite, got NaN or infinite values")
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 8:
+        array = (array.astype(np.uint64, copy=False) ^ np.uint64(2**63)).view(np.int64)  # in the same order
+    else:
+        array = array.astype(np.int64)
+    return np.require(array, requirements=["C", "W"])
 
 
 @njit(cache=True, nogil=True)

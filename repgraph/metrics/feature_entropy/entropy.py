@@ -52,7 +52,7 @@ def feature_entropy(
     births
         Births from `feature_birth` of the samples of ONE class, shape (n,) or (n, c); 0 = none. n >= 2.
     min_rate
-        Least birth rate at which H counts, in [0, 1].
+        Least birth rate at which H counts, in [0, 1]; with 0 a silent unit has H = 0.
     rare
         What replaces H below it: "one_minus" (1 - eps) ln n; "max" ln n; "printed" eps ln n; "nan".
 
@@ -78,20 +78,27 @@ def feature_entropy(
     >>> round(float(found.entropy), 7), float(found.birth_rate), round(float(found.ineffectiveness), 6)
     (0.6931472, 0.8, 0.866434)
     """
-    x = torch.as_tensor(np.asarray(births) if isinstance(births, np.ndarray) else births).detach()
+    x = torch.as_tensor(births).detach()
     if x.ndim not in (1, 2):
         raise ValueError(f"births must have shape (n,) or (n, c), got {tuple(x.shape)}")
     if len(x) < 2:
         raise ValueError(f"births must be of at least 2 samples, got {len(x)}")
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool or bool((x < 0).any()):
-        raise ValueError(f"births must be integers from 0 (none) up, as feature_birth gives them, got {x.dtype}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"births must be integers, as feature_birth gives them, got {x.dtype}")
+    x = x.long()
+    if bool((x < 0).any()):
+        raise ValueError(f"births must be 0 (none) or more, as feature_birth gives them, got {int(x.min())}")
+    _check_options(min_rate, rare)
+    entropy, rate = _entropy(x.reshape(len(x), -1), min_rate, rare)
+    ineffective = torch.where(rate > 0, entropy / rate, 0.0)
+    return FeatureEntropy(entropy=entropy, birth_rate=rate, ineffectiveness=ineffective, n=len(x))
+
+
+def _check_options(min_rate: float, rare: str) -> None:
     if not 0 <= min_rate <= 1:
         raise ValueError(f"min_rate must be in [0, 1], got {min_rate!r}")
     if rare not in ("one_minus", "max", "printed", "nan"):
         raise ValueError(f"rare must be 'one_minus', 'max', 'printed' or 'nan', got {rare!r}")
-    entropy, rate = _entropy(x.reshape(len(x), -1).long(), min_rate, rare)
-    ineffective = torch.where(rate > 0, entropy / rate, 0.0)
-    return FeatureEntropy(entropy=entropy, birth_rate=rate, ineffectiveness=ineffective, n=len(x))
 
 
 def _entropy(births: Tensor, min_rate: float, rare: Rare) -> tuple[Tensor, Tensor]:
@@ -147,6 +154,8 @@ def feature_entropy_floor(
     >>> round(feature_entropy_floor(14, 100), 1)
     2.2
     """
+    if units < 1:
+        raise ValueError(f"units must be at least 1, got {units!r}")
     noise = np.random.default_rng(seed)
     births = [
         feature_birth(noise.standard_normal((n, m, m), np.float32).clip(0), max_rank=max_rank, density=density)
@@ -213,7 +222,8 @@ def unit_feature_entropy(
     Raises
     ------
     ValueError
-        If a layer's maps are not square, at least 4 x 4 and finite (the message names the layer); if labels are missing
+        If there is no layer, or a layer's maps are not square, at least 4 x 4 and finite, or not one per label (the
+        message names the layer); if labels are missing
         or do not fit, a class is not there or has one sample only; or an option is out of range.
 
     Warns
@@ -238,12 +248,17 @@ def unit_feature_entropy(
         if labels is None:
             raise ValueError("labels are missing: births are distributed within one class; pass labels=")
     max_rank, density = limits(max_rank, density, preset)
+    _check_options(min_rate, rare)
+    if not len(activations):
+        raise ValueError("activations must hold at least one layer, got none")
     codes, names, rows = _classes(activations, labels, classes)
     units: list[pd.DataFrame] = []
     layers: dict[str, dict[str, float]] = {}
     before: list[str] = []
     for layer in tqdm(activations, desc="feature entropy", unit="layer", disable=not progress, delay=1, leave=False):
         births, m, negative = layer_births(layer, activations[layer], max_rank, density)
+        if len(births) != len(codes):
+            raise ValueError(f"layer {layer!r} must have one map per label: expected {len(codes)}, got {len(births)}")
         if negative:
             before.append(layer)
         found = [feature_entropy(births[codes == code], min_rate=min_rate, rare=rare) for code in rows]
@@ -252,7 +267,8 @@ def unit_feature_entropy(
         units.append(
             pd.DataFrame({c: torch.cat([getattr(one, c) for one in found]).numpy() for c in columns}, index=index)
         )
-        layers[layer] = {c: float(units[-1][c].mean()) for c in columns[:2]}
+        by_class = units[-1].groupby(level="class")
+        layers[layer] = {c: float(by_class[c].mean().mean()) for c in columns[:2]}
         sizes = [one.n for one in found]
         layers[layer] |= floor_and_ceiling(m, sizes, max_rank, density)
         layers[layer] |= {"units": births.shape[1], "map_size": m, "n": float(np.mean(sizes))}
@@ -301,7 +317,7 @@ def _classes(
     """Class number of each sample, and names and numbers of the wanted classes."""
     n = activations.n if isinstance(activations, Activations) else len(next(iter(activations.values())))
     codes, names = class_codes(labels, n)
-    wanted = list(names if classes is None else classes)
+    wanted = list(names if classes is None else dict.fromkeys(classes))
     missing = [name for name in wanted if name not in names]
     if missing or not wanted:
         raise ValueError(
@@ -314,9 +330,10 @@ def _classes(
     if alone:
         raise ValueError(f"labels: class {alone[0]!r} must have at least 2 samples, got {small[alone[0]]}")
     if small:
+        least = min(small, key=lambda name: small[name])
         warnings.warn(
-            f"class {next(iter(small))!r} has {min(small.values())} samples, fewer than {_FEW}: its entropy cannot "
-            "exceed ln n and says little",
+            f"class {least!r} has {small[least]} samples, fewer than {_FEW}: its entropy cannot exceed ln n and says "
+            "little",
             stacklevel=3,
         )
     return codes, wanted, rows

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from repgraph.activations.batches import model_device
 from repgraph.activations.forward import first_tensor
-from repgraph.activations.gates import Kinks, Watch, kinks_of, pack, watched
+from repgraph.activations.gates import Kinks, Watch, function_name, kinks_of, pack, watched
 from repgraph.activations.layers import unwrap
 from repgraph.metrics.spline.codes import RegionCodes, refuse_training
 
@@ -26,6 +26,7 @@ _SMOOTH = {
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_flash_attention",
 }  # fmt: skip
+_POOL = "max_pool2d_with_indices"
 _WORKSPACE = 2**24  # numbers held at once for a part of the cells: 128 MiB
 
 
@@ -104,8 +105,8 @@ class AffineNetwork:
     Raises
     ------
     ValueError
-        If the model is in train mode, has no gates, calls a function that is not piecewise affine, or the input is
-        not of a floating type.
+        If the model is in train mode, has no gates, cannot be traced, calls a function that is not piecewise affine, or
+        the input is not of a floating type.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -124,9 +125,15 @@ class AffineNetwork:
             keys.clear()
             return self._forward(x, lambda key, z, kinks: keys.append(key), _TracingWatch)
 
-        x = example[None].to(self.device, torch.float64)
-        with torch.no_grad():
-            module = make_fx(functionalize(traced))(x)
+        x = example[None].to(self.device, torch.float64, copy=True)
+        try:
+            with torch.no_grad():
+                module = make_fx(functionalize(traced))(x)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"the model cannot be followed (control flow that depends on values, or a function that cannot be "
+                f"traced): {' '.join(str(error).split())[:300]}"
+            ) from error
         self.nodes = list(module.graph.nodes)
         self.constants: dict[fx.Node, Any] = {}
         self.calls: dict[fx.Node, Call] = {}
@@ -148,16 +155,15 @@ class AffineNetwork:
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.constants.get(n, values.get(n)))
                 result = node.target(*args, **kwargs)
-                if all(source in self.constants for source in node.all_input_nodes):
-                    self.constants[node] = result
-                    continue
-                values[node] = result
-                packet = getattr(node.target, "overloadpacket", None)
-                kinks = None if packet is None else kinks_of(node.target, args, kwargs)
-                if kinks is not None:
-                    self.calls[node] = Call(next(keys), tuple(args[0].shape), kinks)
-                elif packet is torch.ops.aten.max_pool2d_with_indices:
-                    self.calls[node] = Call(next(keys), tuple(args[0].shape), None, _places(node.target, args))
+                constant = all(source in self.constants for source in node.all_input_nodes)
+                (self.constants if constant else values)[node] = result
+                pools = function_name(node.target) == _POOL
+                kinks = None if pools or not args else kinks_of(node.target, args, kwargs)
+                if pools or kinks is not None:
+                    key = next(keys)  # also of a function of parameters alone, which cuts nothing
+                    if not constant:
+                        places = _places(node.target, args) if pools else None
+                        self.calls[node] = Call(key, tuple(args[0].shape), kinks, places)
         self.ends: list[list[fx.Node]] = [[] for _ in self.nodes]
         for source, number in last.items():
             self.ends[number].append(source)
@@ -238,7 +244,10 @@ class AffineNetwork:
                 number += 1
             done += len(cells)
             seen(len(cells))
-            out = values[node.args[0]].flatten(2).cpu() if node.op == "output" else None
+            out = None
+            if node.op == "output":
+                out = values[node.args[0]].cpu()
+                out = out.reshape(*out.shape[:2], -1)
             yield cells, self.region_codes(codes), out
 
     def _behind(
@@ -272,21 +281,26 @@ class AffineNetwork:
         result = vmap(one)(*[values[source].flatten(0, 1) for source in sources])
         return _map(result, lambda value: value.view(*lead, *value.shape[1:]))
 
-    def real(self, x: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """What the network itself does at inputs (n, ...): for each ReLU-like call its bits and which are beyond doubt.
+    def real(self, x: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor]:
+        """What the network itself does at inputs (n, ...).
 
-        Both are (n, units) bool; the outputs (n, outputs) come second.
+        For each ReLU-like call its bits and which are beyond doubt, both (n, units) bool; the outputs (n, outputs); the
+        largest absolute value met by each input (n, 1).
         """
-        found: list[tuple[Tensor, Tensor]] = []
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        wanted = {call.key for call in self.calls.values()}
+        size = torch.zeros(len(x), 1, dtype=torch.float64, device=self.device)
 
         def visit(key: str, z: Tensor, kinks: Kinks) -> None:
-            values = torch.cat([(z - at).flatten(1) for at in kinks.at], 1)
-            sure = values.abs() > 1e-9 * values.abs().amax(1, keepdim=True)
-            found.append(((values > 0).cpu(), sure.cpu()))
+            nonlocal size
+            if key in wanted:
+                values = torch.cat([(z - at).reshape(len(z), -1) for at in kinks.at], 1)
+                size = torch.maximum(size, values.abs().amax(1, keepdim=True))
+                found[key] = (values > 0).cpu(), (values.abs() > 1e-9 * size).cpu()
 
         with torch.no_grad():
-            out = self._forward(x.to(self.device, torch.float64), visit, Watch)
-        return found, out.flatten(1).cpu()
+            out = self._forward(x.to(self.device, torch.float64, copy=True), visit, Watch)
+        return found, out.reshape(len(x), -1).cpu(), size.cpu()
 
     def check(self, inputs: Tensor, codes: RegionCodes, outputs: Tensor | None) -> None:
         """Compare cells with the network itself, at one input in each.
@@ -299,17 +313,19 @@ class AffineNetwork:
         calls = [call for call in self.calls.values() if call.kinks is not None]
         step = max(1, _WORKSPACE // self.largest)
         for i in range(0, len(inputs), step):
-            found, out = self.real(inputs[i : i + step])
-            part = RegionCodes(codes.bits[i : i + step], codes.layers, packed=True)
+            found, out, size = self.real(inputs[i : i + step])
+            part = codes.subset(torch.arange(i, min(i + step, len(inputs))))
             bad = False
-            for call, (bits, sure) in zip(calls, found, strict=True):
+            for call in calls:
                 names = list(call.columns())
                 if names[0] in codes.layers:
+                    bits, sure = found[call.key]
                     own = torch.cat([part.layer(name) for name in names], 1).bool()
                     bad |= bool(((bits != own) & sure).any())
             if outputs is not None:
                 own = outputs[i : i + step]
-                bad |= bool(((out - own).abs() > 1e-6 * (out.abs().amax() + own.abs().amax())).any())
+                near = (out - own).abs() <= 1e-6 * out.abs().amax(1, keepdim=True) + 1e-9 * size
+                bad |= not bool(near.all())  # NaN is not near
             if bad:
                 raise ValueError(
                     "the model is not affine between its gates: something in it is neither affine nor a ReLU-like "
@@ -335,8 +351,8 @@ class _TracingWatch(Watch):  # type: ignore[no-untyped-call]
     """Also names max poolings, and refuses what has no cells."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__.removesuffix("_")
-        if self.running and name == "max_pool2d_with_indices":
+        name = function_name(func)
+        if self.running and name == _POOL:
             where = self.running[-1][0]
             self.calls[f"{where}#pool"] += 1
             number = self.calls[f"{where}#pool"] - 1

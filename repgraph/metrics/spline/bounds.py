@@ -52,7 +52,8 @@ def reachable_regions(widths: Sequence[int], n0: int) -> int:
     Returns
     -------
     int
-        At most `max_regions_bound`. At random weights counts grow about linearly in the number of units instead.
+        At most `max_regions_bound`; 0 where a layer but the last has fewer than n_0 units, for which the formula says
+        nothing. At random weights counts grow about linearly in the number of units instead.
 
     Raises
     ------

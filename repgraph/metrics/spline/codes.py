@@ -60,6 +60,10 @@ class RegionCodes:
             start += width
         raise KeyError(name)
 
+    def subset(self, samples: Tensor) -> RegionCodes:
+        """The codes of some samples, by position."""
+        return RegionCodes(self.bits[samples], self.layers, self.packed)
+
     def __len__(self) -> int:
         return len(self.bits)
 

@@ -53,6 +53,8 @@ def slice_through_samples(
         raise ValueError(f"samples must be three, (3, ...), got shape {tuple(x.shape)}")
     differences = (x[1:] - x[0]).double().flatten(1)
     q, r = torch.linalg.qr(differences.T)
+    if not r[1, 1].abs() > 1e-10 * r.abs().amax():
+        raise ValueError("samples must be three different ones that are not on one line")
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0)
     return _slice_around(model, x, x[0], (q * sign).T, margin, layers, max_regions, progress)
 

@@ -1,7 +1,7 @@
 """Convex polygons cut by lines, compiled: the cells of a plane, their areas and their neighbours.
 
 Polygon p has the vertices vertices[offsets[p]:offsets[p + 1]], counterclockwise; label i is that of the edge from
-vertex i to the next: the number of the cut that made it, -1 on the border of the domain.
+vertex i to the next: the number of the cut that made it, -1 on the border of the domain, whose size is about 1.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from numba import njit
 
 _ON = 1e-12  # of the size of the domain: nearer than this is on the line
 _NOISE = 1e-14  # of the largest value met: rounding
+_SAME = 1e-9  # of the size of the domain: two lines nearer than this are one
 _VANISHES = 1e-12  # of the largest value met: a function no larger than this is 0 but for rounding
 
 
@@ -21,14 +22,13 @@ def cut_by_signs(
     offsets: np.ndarray,
     z: np.ndarray,
     size: np.ndarray,
-    reach: float,
     label: int,
     limit: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
     """Cut each polygon by the zeros of its affine functions.
 
     z (3, polygons, units) are their values at u = (0, 0), (1, 0) and (0, 1); size (polygons,) the largest absolute
-    values met so far; reach the largest coordinate of the domain. Returns the pieces (vertices, labels, offsets), their
+    values met so far. Returns the pieces (vertices, labels, offsets), their
     parents, their bits (pieces, units), and the next free label; more than `limit` pieces end it early.
     """
     units = z.shape[2]
@@ -42,7 +42,7 @@ def cut_by_signs(
             c, s, t = z[0, p, k], z[1, p, k] - z[0, p, k], z[2, p, k] - z[0, p, k]
             if max(abs(c), abs(c + s), abs(c + t)) <= _VANISHES * size[p]:
                 continue
-            on = _ON * reach * (abs(s) + abs(t)) + _NOISE * size[p]
+            on = _ON * (abs(s) + abs(t)) + _NOISE * size[p]
             for number in range(1 + count - fresh):
                 piece = p if number == 0 else fresh + number - 1
                 first, length = starts[piece], lengths[piece]
@@ -78,7 +78,6 @@ def cut_by_largest(
     offsets: np.ndarray,
     z: np.ndarray,
     size: np.ndarray,
-    reach: float,
     label: int,
     limit: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
@@ -90,14 +89,16 @@ def cut_by_largest(
     count = len(offsets) - 1
     starts, lengths, parents = offsets[:-1].copy(), np.diff(offsets), np.arange(count)
     bits = np.zeros((count, windows * entries), np.bool_)
+    lines = np.empty((entries * entries, 3))
     filled = len(vertices)
     for p in range(z.shape[1]):
         fresh = count
         for w in range(windows):
+            known = 0  # lines that cut in this window: pairs of entries that tie on one line make one cut
             for number in range(1 + count - fresh):
                 piece = p if number == 0 else fresh + number - 1
                 start, length = starts[piece], lengths[piece]
-                best = _largest_on_all(z[:, p, w], vertices, start, length, size[p], reach)
+                best = _largest_on_all(z[:, p, w], vertices, start, length, size[p])
                 if best >= 0:
                     bits[piece, w * entries + best] = True
                     continue
@@ -115,13 +116,13 @@ def cut_by_largest(
                             if max(abs(c), abs(c + s), abs(c + t)) <= _VANISHES * size[p]:
                                 got = 0 if i < j else got  # of equal entries the first one wins
                                 continue
-                            on = _ON * reach * (abs(s) + abs(t)) + _NOISE * size[p]
+                            on = _ON * (abs(s) + abs(t)) + _NOISE * size[p]
                             above, below = _sides(vertices, first, got, c, s, t, on)
                             if not above:
                                 got = 0
                             elif below:
-                                mark = label + min(i, j) * entries + max(i, j)
-                                got = _side(vertices, labels, first, got, c, s, t, on, mark, at)
+                                line, known = _line(lines, known, c, s, t)
+                                got = _side(vertices, labels, first, got, c, s, t, on, label + line, at)
                                 first = at
                                 at += got
                     if got < 3:
@@ -139,13 +140,27 @@ def cut_by_largest(
                     starts[target], lengths[target], bits[target, w * entries + j] = first, got, True
                     filled = at
                     found += 1
-                label += entries * entries
                 if found == 0:  # a sliver that no entry claims beyond rounding
                     bits[piece, w * entries + np.argmax(z[0, p, w])] = True
+            label += known
             if count > limit:
                 break
     vertices, labels, offsets = _gathered(vertices, labels, starts[:count], lengths[:count])
     return vertices, labels, offsets, parents[:count], bits[:count], label
+
+
+@njit(cache=True, nogil=True)
+def _line(lines: np.ndarray, known: int, c: float, s: float, t: float) -> tuple[int, int]:
+    """Number of the line c + s u1 + t u2 = 0 among those known, and how many there are with it."""
+    norm = np.sqrt(s * s + t * t) * (1 if s > 0 or (s == 0 and t > 0) else -1)
+    a, b, d = s / norm, t / norm, c / norm
+    for k in range(known):
+        # of opposite sign where the first slope is rounding
+        if min(abs(lines[k, 0] - a) + abs(lines[k, 1] - b) + abs(lines[k, 2] - d),
+               abs(lines[k, 0] + a) + abs(lines[k, 1] + b) + abs(lines[k, 2] + d)) < _SAME:  # fmt: skip
+            return k, known
+    lines[known] = a, b, d
+    return known, known + 1
 
 
 @njit(cache=True, nogil=True)
@@ -174,7 +189,7 @@ def _sides(vertices: np.ndarray, first: int, length: int, c: float, s: float, t:
 
 
 @njit(cache=True, nogil=True)
-def _largest_on_all(z: np.ndarray, vertices: np.ndarray, first: int, length: int, size: float, reach: float) -> int:
+def _largest_on_all(z: np.ndarray, vertices: np.ndarray, first: int, length: int, size: float) -> int:
     """The first entry that is the largest at every corner, ties within rounding allowed; -1 if there is none."""
     for j in range(z.shape[1]):
         if z[0, j] == -np.inf:
@@ -184,7 +199,7 @@ def _largest_on_all(z: np.ndarray, vertices: np.ndarray, first: int, length: int
             if i != j and holds and z[0, i] != -np.inf:
                 c = z[0, j] - z[0, i]
                 s, t = z[1, j] - z[1, i] - c, z[2, j] - z[2, i] - c
-                on = _ON * reach * (abs(s) + abs(t)) + _NOISE * size
+                on = _ON * (abs(s) + abs(t)) + _NOISE * size
                 if max(abs(c), abs(c + s), abs(c + t)) > _VANISHES * size:
                     holds = not _sides(vertices, first, length, c, s, t, on)[1]
         if holds:
@@ -248,9 +263,7 @@ def areas(vertices: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return out
 
 
-def neighbours(
-    vertices: np.ndarray, labels: np.ndarray, offsets: np.ndarray, reach: float
-) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(vertices: np.ndarray, labels: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of polygons that share an edge of positive length, (edges, 2), and the ends of that edge, (edges, 2, 2).
 
     Two polygons were parted by one cut, and share a border on its segment only: the edges of one cut's label, those of
@@ -262,12 +275,12 @@ def neighbours(
     inner = np.flatnonzero(labels >= 0)
     inner = inner[np.argsort(labels[inner], kind="stable")]
     groups = np.append(np.flatnonzero(np.diff(labels[inner], prepend=-1)), len(inner))
-    return _overlaps(vertices[inner], vertices[after[inner]], cell[inner], groups, _ON * reach)
+    return _overlaps(vertices[inner], vertices[after[inner]], cell[inner], groups)
 
 
 @njit(cache=True, nogil=True)
 def _overlaps(
-    start: np.ndarray, end: np.ndarray, cell: np.ndarray, groups: np.ndarray, least: float
+    start: np.ndarray, end: np.ndarray, cell: np.ndarray, groups: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     pairs, borders = np.empty((len(cell) + 1, 2), np.int64), np.empty((len(cell) + 1, 2, 2))
     found = 0
@@ -295,7 +308,7 @@ def _overlaps(
         while i < len(one) and j < len(other):
             x, y = one[i], other[j]
             t0, t1 = max(low[x], low[y]), min(high[x], high[y])
-            if t1 - t0 > least:
+            if t1 - t0 > _ON:
                 if found == len(pairs):
                     pairs, borders = _longer(pairs), _longer(borders)
                 pairs[found, 0], pairs[found, 1] = cell[a + x], cell[a + y]

@@ -38,8 +38,8 @@ def unit_redundancy(
     Returns
     -------
     Tensor
-        Shape (c, c), float64, symmetric, zero diagonal; NaN beside it for a unit whose row is zero: dead, it draws no
-        border.
+        Shape (c, c), float64, symmetric, zero diagonal; NaN between a unit whose row is zero (dead, it draws no border)
+        and every other.
 
     Raises
     ------
@@ -120,7 +120,8 @@ def redundant_units(d: Tensor, ratio: float, norms: Tensor) -> list[int]:
     count = int(ratio * len(d) + 1e-9)
     left = d.double().clone()
     left.fill_diagonal_(torch.inf)
-    dead = left.isnan().any(1) if len(d) == 1 else left.isnan().sum(1) >= len(d) - 1
+    unknown = left.isnan().sum(1) >= len(d) - 1
+    dead = unknown & (norms == 0) if unknown.all() else unknown  # beside dead units alone a live one is unknown too
     dropped: list[int] = dead.nonzero().flatten().tolist()[:count]
     left = left.nan_to_num(torch.inf)
     while len(dropped) < count:

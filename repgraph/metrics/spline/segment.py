@@ -70,7 +70,7 @@ def segment_regions(model: nn.Module, x0: Tensor, x1: Tensor, *, max_regions: in
     Notes
     -----
     A zero counts as off. Borders closer than 1e-12 of the segment are one. Every cell's code and outputs are compared
-    with those of the network itself at its middle.
+    with those of the network itself at its middle and just inside its ends.
 
     References
     ----------
@@ -104,8 +104,10 @@ def segment_regions(model: nn.Module, x0: Tensor, x1: Tensor, *, max_regions: in
     t, order = torch.cat(ends), torch.cat(ends)[:, 0].argsort()
     region = RegionCodes(torch.cat([code.bits for code in codes])[order], codes[0].layers, packed=True)
     outputs = torch.cat(values)[order]
-    middle = t[order].mean(1).view(-1, *[1] * x0.ndim)
-    net.check(points[0] + middle * (points[1] - points[0]), region, outputs.mean(1))
+    for share in (0.5, 0.001, 0.999):
+        at = (t[order] @ torch.tensor([1 - share, share], dtype=t.dtype)).view(-1, *[1] * x0.ndim)
+        expected = (1 - share) * outputs[:, 0] + share * outputs[:, 1]
+        net.check(points[0] + at * (points[1] - points[0]), region, expected)
     return SegmentPartition(torch.cat((t[order][:, 0], torch.ones(1, dtype=t.dtype))), region, outputs)
 
 

@@ -117,8 +117,10 @@ class SlicePartition:
         padded = np.stack([np.pad(p, ((0, longest - len(p)), (0, 0)), mode="edge") for p in self.polygons])
         c, s = form[:, 0], form[:, 1:] - form[:, :1]
         here = c[:, None] + np.einsum("rvd,rd->rv", padded, s)
+        assert self.forms is not None
+        noise = 1e-12 * np.abs(self.forms).max((1, 2))  # outputs that are equal but for rounding have no border
         above = here > 0
-        cells = np.flatnonzero(above.any(1) & ~above.all(1))
+        cells = np.flatnonzero(above.any(1) & ~above.all(1) & (np.abs(here).max(1) > noise))
         padded, here, above = padded[cells], here[cells], above[cells]
         after, there = np.roll(padded, -1, 1), np.roll(here, -1, 1)
         crosses = above != np.roll(above, -1, 1)  # twice in a convex cell
@@ -177,8 +179,9 @@ def slice_partition(
     domain
         Vertices of a convex polygon in u, (v, 2), in either sense.
     layers
-        Names of gate layers as in `gating_states` (and max poolings), the first ones in execution order: the partition
-        by these alone. Borders of later layers bend at those of earlier ones, so that none can be left out between.
+        Names of gate layers as in `gating_states` ("name" means "name/upper" too; max poolings are "name#pool"), the
+        first ones in execution order: the partition by these alone. Borders of later layers bend at those of earlier
+        ones, so that none can be left out between.
     max_regions
         Refuse more cells than this.
     points
@@ -202,8 +205,9 @@ def slice_partition(
     -----
     A zero counts as off. Values within 1e-12 of the domain's size (and 1e-14 of the largest value met, for rounding)
     are on a line; a unit that vanishes on a cell but for rounding is off. Every cell's code and outputs are compared
-    with those of the network itself at its middle. Time: one forward pass of three points per cell; memory about 128
-    MiB of activations for each part of the cells that waits, and one bit per gate and cell.
+    with those of the network itself at its middle, and at up to 4096 vertices just inside: what is neither affine nor
+    known is found where it shows at one of these points. Time: one forward pass of three points per cell; memory about
+    128 MiB of activations for each part of the cells that waits, and one bit per gate and cell.
 
     References
     ----------
@@ -226,36 +230,43 @@ def slice_partition(
     corners = _checked_domain(domain)
     net = AffineNetwork(model, origin)
     depth = _depth(list(net.calls.values()), layers)
-    plane = origin.double() + torch.stack((torch.zeros_like(basis[0]), basis[0], basis[1])).double()
-    reach = float(np.abs(corners).max())
-    whole = _Polygons(corners, np.full(len(corners), -1), np.array([0, len(corners)]), np.zeros(1), reach, [0])
+    # In between the domain is moved to the middle and made of size 1, for its digits: u = centre + reach v.
+    centre = corners.mean(0)
+    reach = float(np.abs(corners - centre).max())
+    b0, b1 = basis.double()
+    middle = origin.double() + centre[0] * b0 + centre[1] * b1
+    plane = middle + reach * torch.stack((torch.zeros_like(b0), b0, b1))
+    domain_v = (corners - centre) / reach
+    whole = _Polygons(domain_v, np.full(len(corners), -1), np.array([0, len(corners)]), np.zeros(1), [0])
     parts: list[tuple[_Polygons, RegionCodes, Tensor | None]] = []
     with tqdm(desc="cells", unit="cell", disable=not progress, delay=1, leave=False) as bar:
         parts.extend(net.walk(plane, whole, max_regions, depth, bar.update))
-    vertices = np.concatenate([cells.vertices for cells, *_ in parts])
+    v = np.concatenate([cells.vertices for cells, *_ in parts])
     labels = np.concatenate([cells.labels for cells, *_ in parts])
     offsets = np.append(0, np.cumsum(np.concatenate([np.diff(cells.offsets) for cells, *_ in parts])))
     region = RegionCodes(torch.cat([codes.bits for _, codes, _ in parts]), parts[0][1].layers, packed=True)
     outputs = [out for *_, out in parts if out is not None]
-    forms = torch.cat(outputs, 1).transpose(0, 1) if outputs else None
-    middles = torch.from_numpy(np.add.reduceat(vertices, offsets[:-1]) / np.diff(offsets)[:, None])
-    inputs = plane[0] + torch.einsum("rp,p...->r...", middles, basis.double())
-    at_middle = None
+    forms = torch.cat(outputs, 1).transpose(0, 1) if outputs else None  # (R, 3, outputs)
+    at, cell = _probes(v, offsets)
+    expected = None
     if forms is not None:
-        at_middle = forms[:, 0] + torch.einsum("rp,rpk->rk", middles, forms[:, 1:] - forms[:, :1])
-    net.check(inputs, region, at_middle)
-    pairs, borders = neighbours(vertices, labels, offsets, reach)
+        expected = forms[cell, 0] + torch.einsum("sp,spk->sk", at, forms[cell, 1:] - forms[cell, :1])
+    net.check(plane[0] + torch.einsum("sp,p...->s...", at, plane[1:] - plane[0]), region.subset(cell), expected)
+    pairs, borders = neighbours(v, labels, offsets)
+    if forms is not None:  # from values at v to values at u = (0, 0), (1, 0), (0, 1)
+        corners_v = torch.from_numpy((np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]) - centre) / reach)
+        forms = forms[:, :1] + torch.einsum("qp,rpk->rqk", corners_v, forms[:, 1:] - forms[:, :1])
     return SlicePartition(
-        polygons=np.split(vertices, offsets[1:-1]),
+        polygons=np.split(centre + reach * v, offsets[1:-1]),
         region=region,
-        areas=areas(vertices, offsets),
+        areas=reach**2 * areas(v, offsets),
         forms=None if forms is None else forms.numpy(),
         origin=origin,
         basis=basis,
         domain=corners,
         points=np.zeros((0, 2)) if points is None else np.asarray(points, dtype=float),
         pairs=pairs,
-        borders=borders,
+        borders=centre + reach * borders,
     )
 
 
@@ -267,7 +278,6 @@ class _Polygons:
     labels: np.ndarray
     offsets: np.ndarray
     size: np.ndarray
-    reach: float
     next_label: list[int]
     """One number, shared by all parts of the plane."""
 
@@ -290,9 +300,23 @@ class _Polygons:
         size = np.maximum(self.size, finite.max(tuple({0, *range(2, z.ndim)})))
         kernel = cut_by_signs if call.kinks is not None else cut_by_largest
         vertices, labels, offsets, parents, bits, self.next_label[0] = kernel(
-            self.vertices, self.labels, self.offsets, z, size, self.reach, self.next_label[0], limit
+            self.vertices, self.labels, self.offsets, z, size, self.next_label[0], limit
         )
-        return _Polygons(vertices, labels, offsets, size[parents], self.reach, self.next_label), parents, bits
+        return _Polygons(vertices, labels, offsets, size[parents], self.next_label), parents, bits
+
+
+def _probes(vertices: np.ndarray, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Points at which cells are compared with the network, (s, 2), and their cells, (s,).
+
+    The middle of each cell, and of up to 4096 vertices the point just inside.
+    """
+    counts = np.diff(offsets)
+    middles = np.add.reduceat(vertices, offsets[:-1]) / counts[:, None]
+    cell = np.repeat(np.arange(len(counts)), counts)
+    some = slice(None, None, -(-len(vertices) // 4096))
+    inside = 0.999 * vertices[some] + 0.001 * middles[cell[some]]
+    points, cells = np.concatenate((middles, inside)), np.concatenate((np.arange(len(counts)), cell[some]))
+    return torch.from_numpy(points), torch.from_numpy(cells)
 
 
 def _check_plane(origin: Tensor, basis: Tensor) -> None:
@@ -324,6 +348,7 @@ def _depth(calls: Sequence[Call], layers: Sequence[str] | None) -> int:
         return len(calls)
     wanted = {layers} if isinstance(layers, str) else set(layers)
     names = [set(call.columns()) for call in calls]
+    wanted |= {name for own in names for name in own if name.removesuffix("/upper") in wanted}
     known = list(dict.fromkeys(name for own in names for name in sorted(own)))
     missing = sorted(wanted - set(known))
     if missing or not wanted:
