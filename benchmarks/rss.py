@@ -5,10 +5,13 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 
 class Growth:
@@ -42,3 +45,12 @@ def growth(every: float = 0.005) -> Iterator[Growth]:
         stop.set()
         thread.join()
         result.peak = max(result.peak, process.memory_info().rss - start)
+
+
+def measured(f: Callable[[], T]) -> tuple[float, int, T]:
+    """Seconds, peak growth in bytes, and the result of a piece of work."""
+    with growth() as memory:
+        start = time.perf_counter()
+        found = f()
+        seconds = time.perf_counter() - start
+    return seconds, memory.peak, found

@@ -19,7 +19,7 @@ from repgraph.neighbors import full_precision
 Estimator = Literal["kde", "kde_lower", "plugin"]
 Width = Literal["total", "active"]
 
-_CHUNK = 64 * 2**20  # bytes of unpacked gates held at once
+_CHUNK = 32 * 2**20  # bytes of unpacked gates held at once
 _ROWS = 256  # rows of kernel values held at once
 
 
@@ -60,7 +60,7 @@ def gate_entropy(
     -----
     Compare at equal N, lam and similar D only; where all rows are far apart the value is log2 N whatever the network.
     Time N^2 D / 2 multiply-adds on the device of S, memory N^2 numbers, a block of rows in float64 and at
-    most 64 MiB of gates in float32. Unchanged by the order of gates and samples, by flipping a gate, and by repeating
+    most 32 MiB of gates in float32. Unchanged by the order of gates and samples, by flipping a gate, and by repeating
     all gates.
 
     References
@@ -289,9 +289,9 @@ def _compared(S: Tensor, gates: int | None) -> tuple[Tensor, Tensor, Tensor]:
                 part = torch.zeros_like(products, dtype=dtype)
                 add_products_(part, chunk)
                 products += part
-            own += chunk.square().sum(1, dtype=torch.float64)
+            own += (chunk if hard else chunk.square()).sum(1, dtype=torch.float64)
             rates.append(chunk.mean(0, dtype=torch.float64))
-            changing.append(chunk.amax(0) > chunk.amin(0))
+            changing.append((rates[-1] > 0) & (rates[-1] < 1) if hard else chunk.amax(0) > chunk.amin(0))
     mirror_(products)
     own = own.to(exact)
     squares = products.mul_(-2).add_(own).add_(own[:, None]).clamp_min_(0).fill_diagonal_(0)
@@ -299,14 +299,14 @@ def _compared(S: Tensor, gates: int | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _chunks(S: Tensor, gates: int | None, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The gates as numbers, a few columns at a time."""
-    step = max(8, _CHUNK // (dtype.itemsize * len(S)) // 8 * 8)
-    if gates is None:
-        for f in range(0, S.shape[1], step):
-            yield S[:, f : f + step].to(dtype)
-    else:
-        for f in range(0, gates, step):
-            yield unpack(S[:, f // 8 : (f + step) // 8], min(step, gates - f)).to(dtype)
+    """The gates as numbers, a few columns at a time, in one piece of memory."""
+    total = S.shape[1] if gates is None else gates
+    step = min(total, max(8, _CHUNK // (dtype.itemsize * len(S)) // 8 * 8))
+    workspace = torch.empty(len(S) * step, dtype=dtype, device=S.device)
+    for f in range(0, total, step):
+        width = min(step, total - f)
+        part = S[:, f : f + width] if gates is None else unpack(S[:, f // 8 : (f + width + 7) // 8], width)
+        yield workspace[: len(S) * width].view(len(S), width).copy_(part)
 
 
 def _squares_to(S: Tensor, others: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ _SMOOTH = {
     "_scaled_dot_product_flash_attention",
 }  # fmt: skip
 _POOL = "max_pool2d_with_indices"
-_WORKSPACE = 2**24  # numbers held at once for a part of the cells: 128 MiB
+_WORKSPACE = 2**21  # numbers held at once for a part of the cells: 16 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +205,12 @@ class AffineNetwork:
         room = max(1, _WORKSPACE // (rows * self.largest))
         first = {node: points[:, None, None].to(self.device) for node in self.nodes if node.op == "placeholder"}
         stop = list(self.calls)[depth - 1]
-        todo: list[tuple[int, dict[fx.Node, Any], C, list[Tensor]]] = [(1, first, cells, [])]
+        # Parts of the cells that wait: behind which operation, and what made their values from those before it.
+        todo: list[tuple[int, Callable[[], dict[fx.Node, Any]], C, list[Tensor]]] = [(1, lambda: first, cells, [])]
         done = 0
         while todo:
-            number, values, cells, codes = todo.pop()
-            values = dict(values)
+            number, made, cells, codes = todo.pop()
+            values = made()
             while number < len(self.nodes):
                 node = self.nodes[number]
                 if node in self.calls:
@@ -226,10 +228,10 @@ class AffineNetwork:
                     by_name = torch.from_numpy(bits).tensor_split(len(call.columns()), 1)
                     codes = [code[parents] for code in codes] + [torch.cat([pack(part) for part in by_name], 1)]
                     pieces = range(0, len(cells), room)
-                    for a in reversed(pieces[1:]):  # each taken up later, from the values before the cut
+                    for a in reversed(pieces[1:]):
                         b = min(a + room, len(cells))
-                        part = self._behind(number, values, parents[a:b], bits[a:b])
-                        todo.append((number + 1, part, cells.part(a, b), [code[a:b] for code in codes]))
+                        later = partial(self._behind, number, values, parents[a:b], bits[a:b])
+                        todo.append((number + 1, later, cells.part(a, b), [code[a:b] for code in codes]))
                     b = min(room, len(cells))
                     values = self._behind(number, values, parents[:b], bits[:b])
                     cells, codes = cells.part(0, b), [code[:b] for code in codes]

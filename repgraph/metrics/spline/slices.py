@@ -207,7 +207,7 @@ def slice_partition(
     are on a line; a unit that vanishes on a cell but for rounding is off. Every cell's code and outputs are compared
     with those of the network itself at its middle, and at up to 4096 vertices just inside: what is neither affine nor
     known is found where it shows at one of these points. Time: one forward pass of three points per cell; memory about
-    128 MiB of activations for each part of the cells that waits, and one bit per gate and cell.
+    16 MiB of activations for each part of the cells that waits, and one bit per gate and cell.
 
     References
     ----------
