@@ -49,7 +49,8 @@ def main() -> None:
     three = torch.stack([images[0] + 0.02 * (images[i] - images[0]) for i in range(3)])
     seconds, grown, cells = measured(lambda: slice_through_samples(digits_resnet(), three, progress=False))
     print(f"demo ResNet, {len(cells.region.layers)} gate layers, {cells.region.gates} gates: {cells.count} cells in "
-          f"{seconds:.2f} s, {1000 * seconds / cells.count:.2f} s per 1000; peak growth {grown / 1e6:.0f} MB")  # fmt: skip
+          f"{seconds:.2f} s, {1000 * seconds / cells.count:.2f} s per 1000; "
+          f"peak growth {grown / 1e6:.0f} MB")  # fmt: skip
 
 
 if __name__ == "__main__":
