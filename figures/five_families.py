@@ -36,8 +36,8 @@ def says(name: str, found: pd.DataFrame) -> str:
     near = found["local_complexity"] / found["gates"]
     return (
         f"{name}: feature entropy stays within {above.abs().max():.2f} nats of noise on maps of its size; it falls by "
-        f"{entropy.iloc[0] - entropy.iloc[-1]:.2f} nats over the layers, noise by {floor.iloc[0] - floor.iloc[-1]:.2f}; "
-        f"complexity goes from "
+        f"{entropy.iloc[0] - entropy.iloc[-1]:.2f} nats over the layers, noise by {floor.iloc[0] - floor.iloc[-1]:.2f};"
+        f" complexity goes from "
         f"{found['complexity'].iloc[0]:.1f} to {found['complexity'].iloc[-1]:.1f} of "
         f"{found['complexity_ceiling'].iloc[0]:.1f} bits and what of it tells the class from "
         f"{found['label_information'].iloc[0]:.2f} to {found['label_information'].iloc[-1]:.2f} of "

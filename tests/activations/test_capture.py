@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_networks import Through
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,17 +40,6 @@ def net():
     net.bn.running_mean.normal_()
     net.bn.running_var.uniform_(0.5, 2)
     return net
-
-
-class Through(nn.Module):
-    """Gives what a function makes of its input."""
-
-    def __init__(self, f):
-        super().__init__()
-        self.f = f
-
-    def forward(self, x):
-        return self.f(x)
 
 
 def take(model, data, layers="leaves", **options):

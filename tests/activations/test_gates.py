@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_networks import Through
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
@@ -15,17 +16,6 @@ from repgraph.activations.gates import Kinks, kinks_of, pack, unpack
 ROWS = torch.randn(11, 6, generator=torch.Generator().manual_seed(0)) * 3
 X = torch.randn(11, 3, 5, 5, generator=torch.Generator().manual_seed(1)) * 3
 seeds = st.integers(0, 2**32 - 1)
-
-
-class Through(nn.Module):
-    """Gives what a function makes of its input."""
-
-    def __init__(self, f):
-        super().__init__()
-        self.f = f
-
-    def forward(self, x):
-        return self.f(x)
 
 
 def take(model, data, layers="gates", **options):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_networks import Through
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,15 +12,6 @@ from repgraph.activations.gates import unpack
 ROWS = torch.randn(23, 6, generator=torch.Generator().manual_seed(0))
 FUSED = torch.backends.mha.get_fastpath_enabled
 HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
-
-
-class Through(nn.Module):
-    def __init__(self, f):
-        super().__init__()
-        self.f = f
-
-    def forward(self, x):
-        return self.f(x)
 
 
 class Net(nn.Module):

@@ -4,8 +4,16 @@ import math
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_entropy
 
+seeds = st.integers(0, 2**32 - 1)
+samples = st.integers(2, 20)
+widths = st.integers(1, 20)
+lams = st.floats(1e-3, 10)
+
+FOUR = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
+PAIR = torch.tensor([[0, 0], [0, 1]])
 ESTIMATORS = ["kde", "kde_lower", "plugin"]
 
 

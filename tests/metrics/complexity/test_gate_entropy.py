@@ -6,7 +6,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from gate_codes import ESTIMATORS, codes, plain, plain_entropy, plain_information, plain_plugin, single, soft
+from gate_codes import (
+    ESTIMATORS,
+    FOUR,
+    PAIR,
+    codes,
+    lams,
+    plain,
+    plain_entropy,
+    plain_information,
+    plain_plugin,
+    samples,
+    seeds,
+    single,
+    soft,
+    widths,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp
@@ -18,14 +33,7 @@ from repgraph.metrics.complexity import (
     total_correlation,
 )
 
-seeds = st.integers(0, 2**32 - 1)
-samples = st.integers(2, 20)
-widths = st.integers(1, 20)
-lams = st.floats(1e-3, 10)
-
-FOUR = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
 COPIES = torch.tensor([[0, 0], [0, 0], [1, 1], [1, 1]])
-PAIR = torch.tensor([[0, 0], [0, 1]])
 THREE = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 1]])
 
 

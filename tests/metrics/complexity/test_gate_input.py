@@ -5,7 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from gate_codes import ESTIMATORS, codes, plain_entropy, plain_information, plain_plugin, soft
+from gate_codes import (
+    ESTIMATORS,
+    FOUR,
+    PAIR,
+    codes,
+    lams,
+    plain_entropy,
+    plain_information,
+    plain_plugin,
+    samples,
+    seeds,
+    soft,
+    widths,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -19,15 +32,6 @@ from repgraph.metrics.complexity import (
 )
 from repgraph.metrics.complexity import entropy as kernels
 from repgraph.metrics.complexity.entropy import pairs_of
-
-seeds = st.integers(0, 2**32 - 1)
-samples = st.integers(2, 20)
-widths = st.integers(1, 20)
-lams = st.floats(1e-3, 10)
-
-FOUR = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
-PAIR = torch.tensor([[0, 0], [0, 1]])
-
 
 # Soft gates
 

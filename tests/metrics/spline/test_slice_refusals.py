@@ -71,7 +71,7 @@ def test_what_is_not_affine_is_refused(f):
 
 
 def test_control_flow_by_values_is_refused():
-    with pytest.raises(ValueError, match="cannot be followed .control flow"):
+    with pytest.raises(ValueError, match=r"cannot be followed .control flow"):
         cells(gated(lambda n, h: h if h.sum() > 0.5 else -h, 6), 3 * BOX)
 
 
@@ -200,7 +200,7 @@ def test_a_randomized_gate_is_leaky_in_eval_mode():
 
 def test_an_in_place_randomized_gate_cannot_be_traced():
     net = filled(nn.Sequential(nn.Linear(2, 4), nn.RReLU(0.1, 0.3, inplace=True), nn.Linear(4, 2)))
-    with pytest.raises(ValueError, match="cannot be followed .*rrelu_"):
+    with pytest.raises(ValueError, match=r"cannot be followed .*rrelu_"):
         cells(net)
 
 
