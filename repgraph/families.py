@@ -140,19 +140,29 @@ def gates_by_layer(activations: Activations) -> dict[str, list[str]]:
     """Which gates belong to each layer: those inside it, and behind it those outside any layer.
 
     A gate before the first layer belongs to the first.
+
+    Raises
+    ------
+    ValueError
+        If there are no layers.
     """
     layers = [name for name, spec in activations.specs.items() if spec.gates is None]
+    if not layers:
+        raise ValueError("layers holds gates only: name layers to which they belong, for example 'blocks'")
     found: dict[str, list[str]] = {name: [] for name in layers}
     order = list(activations.specs)
     for place, key in enumerate(order):
         if activations.specs[key].gates is None:
             continue
-        owner = re.sub(r"(#\w+)?(/upper)?$", "", key.removeprefix(GATES))
-        around = [name for name in order[place:] if name in found and _inside(owner, name.split("#")[0])]
+        around = [name for name in order[place:] if name in found and _inside(key.removeprefix(GATES), name)]
         before = [name for name in order[:place] if name in found]
         found[around[0] if around else before[-1] if before else layers[0]].append(key)
     return found
 
 
-def _inside(owner: str, layer: str) -> bool:
-    return owner == layer or owner.startswith(f"{layer}.")
+def _inside(gate: str, layer: str) -> bool:
+    """Whether a gate is one of a layer's module, and not of an earlier call than the layer's."""
+    owner, _, call = re.sub(r"/upper$", "", gate).partition("#")
+    module, _, number = layer.partition("#")
+    earlier = not call.startswith("relu") and int(call or 0) < int(number or 0)
+    return (owner == module or owner.startswith(f"{module}.")) and not earlier

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from repgraph import families
 from repgraph.activations import Activations, capture
-from repgraph.activations.batches import Source, model_device
+from repgraph.activations.batches import Source, model_device, read_batches
 from repgraph.activations.forward import Forward, kept_random_state, untouched
 from repgraph.activations.gates import GATES
 from repgraph.activations.layers import Select, unwrap
@@ -129,14 +129,16 @@ def profile(
         gates, complexity and complexity_std (bits), complexity_ceiling (log2 of the samples per set); with labels
         label_information, label_information_std and label_information_ceiling. "spline": gates, regions (distinct
         region codes among the samples of a set), local_complexity (units whose sign changes within the radius around
-        a sample, mean over up to 64 samples and 20 directions). Layers without maps or gates have nan there. The
-        settings are in `attrs`.
+        a sample, mean over up to 64 samples and 20 directions). Layers without maps or gates have nan there (0
+        gates). The settings are in `attrs`.
 
     Raises
     ------
     ValueError
-        As `capture` and `knn_graph`; if a set holds one class only (pass `seed=`), if n or repeats is out of range, a
-        metric is unknown, or "feature_entropy" finds no labels or no layer with square maps.
+        As `capture` and `knn_graph`; if a set holds one class only (pass `seed=`), or for "feature_entropy" and
+        "complexity" one sample of a class; if n, repeats, lam or radius is out of range, a metric is unknown,
+        "feature_entropy" finds no labels or no layer with square maps, "complexity" or "spline" no gates; or if
+        "spline" meets inputs that are no tensors of real numbers, `forward`, or a loader that shuffles.
 
     Warns
     -----
@@ -156,13 +158,17 @@ def profile(
     (['0', '2'], [144, 128])
     """
     _check_sets(n, repeats, metrics, k, lam)
+    if radius is not None and not radius > 0:
+        raise ValueError(f"radius must be positive, got {radius!r}")
+    if "spline" in metrics and forward is not None:
+        raise ValueError("metrics: 'spline' calls the model itself around each sample and cannot use forward=")
     select = layers
     if set(metrics) & set(families.WITH_GATES):
         select = [layers, "gates"] if isinstance(layers, str | type) or callable(layers) else [*layers, "gates"]
     with kept_random_state():
         samples: int | Tensor = n * repeats
         if isinstance(data, Iterator) and (seed is not None or "spline" in metrics):
-            data = list(data)
+            data = read_batches(data, n * repeats if seed is None else None)[0]
         if seed is not None:
             order = set_order(data, batch_size, seed)
             if labels is not None and len(as_labels(labels)) != len(order):
@@ -188,7 +194,8 @@ def profile(
     device = model_device(unwrap(model))
     table = _profile(activations, sets, k, metrics, metric, symmetrize, permutations, seed, lam, device, progress)
     if "spline" in metrics:
-        _add_local_complexity(table, activations, model, data, batch_size, samples, sets[0], radius, progress)
+        with kept_random_state():
+            _add_local_complexity(table, activations, model, data, batch_size, samples, sets[0], radius, progress)
     return table
 
 
@@ -205,15 +212,25 @@ def _add_local_complexity(
 ) -> None:
     """Mean local complexity around a few samples of the first set, summed over the gates of each layer."""
     positions = torch.arange(activations.n, device="cpu") if isinstance(samples, int) else samples.sort().values
-    around = positions[chosen.sort().values[:: -(-len(chosen) // _AROUND)]]
-    inputs = [batch.inputs for batch in Source(data, batch_size, around)]
+    rows = chosen.sort().values[:: -(-len(chosen) // _AROUND)]
+    batches = list(Source(data, batch_size, positions[rows]))
+    inputs = [batch.inputs for batch in batches]
+    hashes = torch.cat([batch.hashes() for batch in batches])
+    if activations.input_hashes is not None and not torch.equal(hashes, activations.input_hashes[rows]):
+        raise ValueError(
+            "data gave other samples when they were read again for 'spline': it needs a loader that does not shuffle "
+            "and images without random augmentation"
+        )
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in inputs):
         raise ValueError("metrics: 'spline' needs inputs that are tensors of real numbers")
     x = torch.cat([x for x in inputs if isinstance(x, Tensor)])
     if radius is None:
         flat = x.double().flatten(1)
         radius = 0.01 * float((flat - flat.mean(0)).square().sum(1).mean().sqrt())
-    with untouched(unwrap(model)):
+        if radius == 0:
+            raise ValueError("radius must be given for 'spline': the inputs do not vary")
+    model = unwrap(model)
+    with untouched(model):
         n_dirs = min(_DIRECTIONS, x[0].numel())
         local = local_complexity_by_layer(model, x, radius=radius, n_dirs=n_dirs, progress=progress)
     by_layer = families.gates_by_layer(activations)

@@ -127,7 +127,7 @@ MISTAKES = {
     "sorted by class": (["profile", "mine.py:net", "sorted.npz", "--n", "20", "--repeats", "2"], "pass seed="),
     "unknown metric": (
         ["profile", "mine.py:net", "data.npz", "--metrics", "gbs,cca"],
-        "'gbs', 'cka'), got",
+        "'complexity', 'spline'), got",
     ),
     "unknown measure": (
         ["compare", "mine.py:net", "mine.py:net", "data.npz", "--measure", "gbs,cca"],

@@ -86,7 +86,7 @@ class Source:
                 _check_length(whole[-1], total)
             self._batches: Iterable[object] = _Slices(whole, total, batch_size)
         elif isinstance(data, Iterator):
-            self._batches, total = _read(data, limit)
+            self._batches, total = read_batches(data, limit)
             self._counted = limit is not None
         elif isinstance(data, Iterable) and not isinstance(data, str | bytes):
             self._batches = data
@@ -335,7 +335,8 @@ def _count(data: Iterable[object], limit: int | None) -> int:
     return total
 
 
-def _read(data: Iterator[object], limit: int | None) -> tuple[list[object], int]:
+def read_batches(data: Iterator[object], limit: int | None) -> tuple[list[object], int]:
+    """The batches of an iterator, as many as hold so many samples, and the number of samples in them."""
     items, total = [], 0
     for item in data:
         items.append(item)

@@ -32,7 +32,7 @@ _NAMES = {
     "local_complexity": "local complexity, units",
 }
 _FAMILIES = ("modularity", "community_modularity", "gbs_previous", "cka_previous", "feature_entropy", "complexity",
-             "local_complexity")  # fmt: skip
+             "local_complexity", "regions")  # fmt: skip
 
 
 def curve(
@@ -147,9 +147,15 @@ def curves(
     >>> [ax.get_ylabel() for ax in curves(table)]
     ['modularity Q', 'transformation complexity, bits']
     """
-    chosen = main_columns(table) if columns is None else list(columns)
-    if not chosen:
-        raise ValueError(f"table has no column of a family, {', '.join(_FAMILIES)}; pass columns=")
+    chosen = main_columns(table) if columns is None else [columns] if isinstance(columns, str) else list(columns)
+    if not chosen or not len(table):
+        raise ValueError(
+            f"table has no column of a family, {', '.join(_FAMILIES)}; pass columns=" if len(table) else
+            "table must have at least one layer, got an empty table"
+        )  # fmt: skip
+    missing = [name for name in chosen if name not in table]
+    if missing:
+        raise ValueError(f"columns must be of {', '.join(map(str, table.columns))}, got {missing[0]!r}")
     if axes is None:
         width = float(np.clip(2.5 + 0.2 * len(table), 6, 13))
         grid = plt.subplots(
@@ -176,7 +182,8 @@ def curves(
 
 def main_columns(table: pd.DataFrame) -> list[str]:
     """The main column of each family that a table of `profile` has."""
-    return [name for name in _FAMILIES if name in table]
+    found = [name for name in _FAMILIES if name in table]
+    return found[:-1] if "local_complexity" in found and "regions" in found else found
 
 
 def draw_limit(ax: Axes, x: np.ndarray, level: pd.Series, text: str, *, below: bool) -> None:

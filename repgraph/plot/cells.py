@@ -63,19 +63,18 @@ def partition(
         raise ValueError("color_by='slope' needs the partition by all layers: its outputs")
     if ax is None:
         ax = plt.subplots(figsize=(6, 5.5), layout="constrained")[1]
+    names: list[str] = []  # of the layers that draw borders
     thin = float(np.clip(12 / cells.count**0.5, 0.08, 0.8))
     fill = PolyCollection(cells.polygons, linewidths=thin, edgecolors="#555555", facecolors="white")
     if color_by == "layer":
         fill.set_edgecolor("none")
         drawn = cells.border_layers()
         names = [name for name in cells.region.layers if name in set(drawn)]
-        colors = mpl.colormaps["viridis"](np.linspace(0, 0.9, max(len(names), 1)))
+        colors = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(names)))
         ax.add_collection(fill)
         for name, color in zip(names, colors, strict=True):
             lines = LineCollection(cells.borders[drawn == name], colors=[color], linewidths=max(thin, 0.4), label=name)
             ax.add_collection(lines)
-        if len(names) <= 12:
-            ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
         values = cells.areas
         if color_by == "slope":
@@ -95,13 +94,16 @@ def partition(
     if boundary and cells.forms is not None:
         found = cells.decision_boundary()
         ax.add_collection(LineCollection(list(found), colors=_ORANGE, linewidths=1.8, label="decision boundary"))
+    if color_by == "layer" and 0 < len(names) <= 12:
+        ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.plot(*cells.points.T, "x", color="black", markersize=7, markeredgewidth=2)
     low, high = cells.domain.min(0), cells.domain.max(0)
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     ax.set_xticks([])
     ax.set_yticks([])
+    cell = "cell" if cells.count == 1 else "cells"
     ax.set_title(
-        f"{cells.count} cells of {cells.region.gates} gates in {len(cells.region.layers)} layers; "
+        f"{cells.count} {cell} of {cells.region.gates} gates in {len(cells.region.layers)} layers; "
         f"plane of {high[0] - low[0]:.3g} x {high[1] - low[1]:.3g}",
         loc="left", size=8, color="#444444",
     )  # fmt: skip

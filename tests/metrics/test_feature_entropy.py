@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import repgraph
 from repgraph import Activations
 from repgraph.metrics.feature_entropy import feature_birth, feature_entropy, feature_entropy_floor, unit_feature_entropy
 
@@ -402,3 +404,10 @@ def test_repr_shows_the_layers():
     assert "3 units x classes" in repr(found)
     assert "stem" in repr(found)
     assert "<table" in found._repr_html_()
+
+
+def test_births_can_be_streamed_without_keeping_maps():
+    net, x = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU()), torch.randn(30, 1, 8, 8)
+    births = repgraph.stream(net, x, feature_birth, "1", batch_size=8, progress=False)["1"]
+    assert births.shape == (30, 3)
+    assert torch.equal(births, feature_birth(torch.relu(net[0](x))))
