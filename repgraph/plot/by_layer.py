@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-
-if TYPE_CHECKING:
-    pass
 
 BLUE, GREY = "#0072B2", "#767676"
 _NAMES = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from repgraph.activations import Activations, capture
+from repgraph.activations import capture
 from repgraph.activations.batches import model_device
 from repgraph.activations.forward import Forward
 from repgraph.activations.gates import GATES, unpack
@@ -269,11 +269,6 @@ def label_entropy(codes: Tensor | None) -> float:
         return math.nan
     share = torch.bincount(codes).double() / len(codes)
     return float(torch.special.entr(share).sum() / math.log(2))
-
-
-def layer_gates(activations: Activations) -> dict[str, int]:
-    """The entries that hold gates, and how many each has."""
-    return {name: spec.gates for name, spec in activations.specs.items() if spec.gates is not None}
 
 
 def _selection(layers: str | Sequence[str] | None) -> str | list[str]:
