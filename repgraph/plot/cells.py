@@ -89,7 +89,7 @@ def partition(
         ax.add_collection(fill)
         figure = ax.get_figure(root=True)
         assert figure is not None
-        label = "norm of the outputs' gradient in the plane" if color_by == "slope" else "area of the cell"
+        label = "gradient norm in the plane" if color_by == "slope" else "area of the cell"
         figure.colorbar(fill, ax=ax, shrink=0.6, aspect=25, label=label)
     if boundary and cells.forms is not None:
         found = cells.decision_boundary()
