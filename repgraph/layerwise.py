@@ -18,7 +18,7 @@ from repgraph.activations import Activations, capture
 from repgraph.activations.batches import Source, model_device, read_batches
 from repgraph.activations.forward import Forward, kept_random_state, untouched
 from repgraph.activations.gates import GATES
-from repgraph.activations.layers import Select, unwrap
+from repgraph.activations.layers import Select, items_of, unwrap
 from repgraph.activations.reduce import ChannelAxis, Reduce
 from repgraph.families import Family
 from repgraph.graph import knn_graph
@@ -164,7 +164,7 @@ def profile(
         raise ValueError("metrics: 'spline' calls the model itself around each sample and cannot use forward=")
     select = layers
     if set(metrics) & set(families.WITH_GATES):
-        select = [layers, "gates"] if isinstance(layers, str | type) or callable(layers) else [*layers, "gates"]
+        select = [*items_of(unwrap(model), layers), "gates"]
     with kept_random_state():
         samples: int | Tensor = n * repeats
         if isinstance(data, Iterator) and (seed is not None or "spline" in metrics):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from repgraph.activations.batches import Batch, model_device, model_dtype, to_device
 from repgraph.activations.gates import Kinks, Watch, watched
+from repgraph.activations.layers import call_key
 
 Forward = Callable[[nn.Module, object], object]
 Visit = Callable[[str, nn.Module, Tensor, Batch], None]
@@ -96,12 +97,6 @@ def run(
                 raise
             bar.update()
             yield batch
-
-
-def call_key(name: str, calls: Counter[str]) -> str:
-    """Key of the next call of a module within one forward pass, and count it: name, name#1, name#2, ..."""
-    calls[name] += 1
-    return f"{name}#{calls[name] - 1}" if calls[name] > 1 else name
 
 
 @contextmanager

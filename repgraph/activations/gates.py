@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from repgraph.activations.layers import Item, Select, call_key, choose, items_of
+
 GateVisit = Callable[[str, Tensor, "Kinks"], None]
 """Called with the key of a call, its input z (pre-activation) and its kinks."""
 
@@ -151,8 +153,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _key(self) -> str:
         name, module = self.running[-1]
         if isinstance(module, RELU_LIKE):
-            self.calls[name] += 1
-            return f"{name}#{self.calls[name] - 1}" if self.calls[name] > 1 else name
+            return call_key(name, self.calls)
         self.calls[f"{name}#relu"] += 1
         return f"{name}#relu{self.calls[f'{name}#relu'] - 1}"
 
@@ -191,10 +192,25 @@ def watched(model: nn.Module, visit: GateVisit, kind: type[W]) -> Iterator[W]:
         yield watch
 
 
-def wanted_gates(items: Sequence[object]) -> list[str]:
-    """Patterns of the gates that a choice of layers asks for: "gates" means "gates:*"."""
-    texts = [item for item in items if isinstance(item, str)]
-    return [text if text != "gates" else f"{GATES}*" for text in texts if text == "gates" or text.startswith(GATES)]
+def choose_with_gates(model: nn.Module, select: Select) -> tuple[dict[str, nn.Module], list[Item], list[str]]:
+    """The modules of a choice of layers, its parts but for gates, and the patterns of the gates that it asks for.
+
+    "gates" means "gates:*".
+    """
+    items, patterns = [], []
+    for item in items_of(model, select):
+        if isinstance(item, str) and (item == "gates" or item.startswith(GATES)):
+            patterns.append(f"{GATES}*" if item == "gates" else item)
+        else:
+            items.append(item)
+    return choose(model, items) if items or not patterns else {}, items, patterns
+
+
+def gate_choice(names: str | Sequence[str] | None) -> list[str]:
+    """The choice of layers that takes gates by their own names or wildcards; all of them for None."""
+    if names is None:
+        return ["gates"]
+    return [f"{GATES}{name}" for name in ([names] if isinstance(names, str) else names)]
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -73,6 +73,12 @@ def items_of(model: nn.Module, select: Select) -> list[Item]:
     return [re.sub(r"^(gates:)?module\.", r"\1", item) if isinstance(item, str) else item for item in items]
 
 
+def call_key(name: str, calls: Counter[str]) -> str:
+    """Key of the next call of a module within one forward pass, and count it: name, name#1, name#2, ..."""
+    calls[name] += 1
+    return f"{name}#{calls[name] - 1}" if calls[name] > 1 else name
+
+
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules below the model but those that only compute parameters (weight norm, spectral norm)."""
     return {name: m for name, m in model.named_modules() if name and "parametrizations" not in name.split(".")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from html import escape
 
@@ -13,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from repgraph.activations.batches import model_device, model_dtype, to_device
 from repgraph.activations.container import Spec
-from repgraph.activations.forward import call_key, first_tensor, kept_random_state
-from repgraph.activations.gates import GATES, Kinks, Watch, matches, wanted_gates, watched
-from repgraph.activations.layers import Select, choose, items_of, unwrap
+from repgraph.activations.forward import first_tensor, kept_random_state
+from repgraph.activations.gates import GATES, Kinks, Watch, choose_with_gates, matches, watched
+from repgraph.activations.layers import Select, call_key, unwrap
 from repgraph.activations.recording import Recording, check_found, gate_spec
 
 
@@ -89,14 +90,11 @@ def layer_names(model: nn.Module, select: Select = "blocks", data: object = None
       2  Conv2d  8 x 220 x 220
     """
     model = unwrap(model)
-    items = items_of(model, select)
-    patterns = wanted_gates(items)
-    items = [item for item in items if not wanted_gates([item])]
+    modules, _, patterns = choose_with_gates(model, select)
     if data is not None:
         found = Recording(model, data, select, None, None, None, 2, 2, progress=False)
-        modules, names, specs, given = found.modules, list(found.specs), found.specs, "for the given data"
+        names, specs, given = list(found.specs), found.specs, "for the given data"
     else:
-        modules = choose(model, items) if items or not patterns else {}
         names, specs, given = list(modules), {}, "in order of registration"
         lazy = any(nn.parameter.is_lazy(p) for p in model.parameters())
         for example in () if lazy else _assumed_inputs(model):
@@ -170,7 +168,7 @@ def _fake_shapes(
             copied = deepcopy(model).eval()
         for name in names:
             copied.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: hook(name, output))
-        with fake, torch.no_grad(), watched(copied, see, Watch):
+        with fake, torch.no_grad(), watched(copied, see, Watch) if patterns else nullcontext():
             copied(**example) if isinstance(example, Mapping) else copied(example)
     except Exception:  # any model may refuse any guess, for any reason
         return None

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from repgraph.activations.batches import Batch, Source
 from repgraph.activations.container import Spec
 from repgraph.activations.forward import Forward, reseed, run
-from repgraph.activations.gates import GATES, Kinks, matches, pack, wanted_gates
-from repgraph.activations.layers import Item, Select, choose, items_of, unwrap
+from repgraph.activations.gates import GATES, Kinks, choose_with_gates, matches, pack
+from repgraph.activations.layers import Item, Select, choose, unwrap
 from repgraph.activations.reduce import ChannelAxis, Reduce, reduced
 
 _PROBE = 4096  # numbers compared per layer between two runs of the first batch
@@ -38,10 +38,7 @@ class Recording:
         progress: bool,
     ) -> None:
         self.model = unwrap(model)
-        items = items_of(self.model, layers)
-        self.patterns = wanted_gates(items)
-        items = [item for item in items if not wanted_gates([item])]
-        self.modules = choose(self.model, items) if items or not self.patterns else {}
+        self.modules, items, self.patterns = choose_with_gates(self.model, layers)
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 state = "is not initialized (lazy)" if nn.parameter.is_lazy(tensor) else "is on the meta device"

@@ -88,8 +88,7 @@ def curve(
     else:
         mean, std, name = curve.mean(axis=1), curve.std(axis=1), ""
     if ax is None:
-        width = float(np.clip(1.5 + 0.2 * len(mean), 5, 13))
-        ax = plt.subplots(figsize=(width, 4), layout="constrained")[1]
+        ax = layer_axes(len(mean))
     x = np.arange(len(mean))
     style: dict[str, object] = {"color": BLUE, "marker": "o", "markersize": 3.5, "linewidth": 1.5, **line}
     (drawn,) = ax.plot(x, mean.to_numpy(float), **style)  # type: ignore[arg-type]
@@ -174,6 +173,13 @@ def curves(
             ax.set_title("", loc="left")
         ax.tick_params(labelbottom=number == len(chosen) - 1)
     return np.array(drawn)
+
+
+def layer_axes(layers: int) -> Axes:
+    """New axes of a width that suits the number of layers."""
+    width = float(np.clip(1.5 + 0.2 * layers, 5, 13))
+    ax: Axes = plt.subplots(figsize=(width, 4), layout="constrained")[1]
+    return ax
 
 
 def main_columns(table: pd.DataFrame) -> list[str]:

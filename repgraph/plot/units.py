@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from repgraph.plot.by_layer import BLUE, draw_limit, label_layers
+from repgraph.plot.by_layer import BLUE, draw_limit, label_layers, layer_axes
 
 if TYPE_CHECKING:
     from repgraph.metrics.complexity import ComplexityReport
@@ -44,7 +43,7 @@ def unit_entropies(result: UnitFeatureEntropy, *, ax: Axes | None = None) -> Axe
     """
     table = result.layers
     if ax is None:
-        ax = _axes(len(table))
+        ax = layer_axes(len(table))
     x = np.arange(len(table))
     by_unit = result.units["entropy"].groupby(level=["layer", "unit"]).mean()
     for place, layer in enumerate(table.index):
@@ -114,7 +113,7 @@ def complexity(
     if of not in table:
         raise ValueError("the report has no labels: pass labels to transformation_complexity for label_information")
     if ax is None:
-        ax = _axes(len(table))
+        ax = layer_axes(len(table))
     x = np.arange(len(table))
     for (column, label), color in zip(names.items(), (BLUE, _ORANGE, _GREEN), strict=True):
         ax.plot(x, table[column], color=color, marker="o", markersize=3, linewidth=1.5, label=label)
@@ -130,10 +129,4 @@ def complexity(
     )  # fmt: skip
     ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
-    return ax
-
-
-def _axes(layers: int) -> Axes:
-    width = float(np.clip(1.5 + 0.2 * layers, 5, 13))
-    ax: Axes = plt.subplots(figsize=(width, 4), layout="constrained")[1]
     return ax

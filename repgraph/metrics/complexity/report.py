@@ -15,7 +15,7 @@ from tqdm import tqdm
 from repgraph.activations import capture
 from repgraph.activations.batches import model_device
 from repgraph.activations.forward import Forward
-from repgraph.activations.gates import GATES, unpack
+from repgraph.activations.gates import GATES, gate_choice, unpack
 from repgraph.activations.layers import unwrap
 from repgraph.labels import Labels
 from repgraph.metrics.complexity.entropy import (
@@ -78,7 +78,7 @@ def gating_states(
     {'1': torch.Size([5, 4])}
     """
     found = capture(
-        model, inputs, _selection(layers), forward=forward, batch_size=batch_size, memory=2**62, progress=progress
+        model, inputs, gate_choice(layers), forward=forward, batch_size=batch_size, memory=2**62, progress=progress
     )
     return {name.removeprefix(GATES): unpack(found[name], found.specs[name].gates or 0) for name in found}
 
@@ -191,7 +191,7 @@ def transformation_complexity(
     """
     check_options(lam, estimator, width)
     activations = capture(
-        model, inputs, _selection(layers), labels=labels, forward=forward, memory=memory, batch_size=batch_size,
+        model, inputs, gate_choice(layers), labels=labels, forward=forward, memory=memory, batch_size=batch_size,
         progress=progress,
     )  # fmt: skip
     n = activations.n
@@ -269,12 +269,6 @@ def label_entropy(codes: Tensor | None) -> float:
         return math.nan
     share = torch.bincount(codes).double() / len(codes)
     return float(torch.special.entr(share).sum() / math.log(2))
-
-
-def _selection(layers: str | Sequence[str] | None) -> str | list[str]:
-    if layers is None:
-        return "gates"
-    return [f"{GATES}{name}" for name in ([layers] if isinstance(layers, str) else layers)]
 
 
 def _saturation(table: pd.DataFrame, ceiling: float) -> tuple[str, ...]:

@@ -108,12 +108,11 @@ def _entropy(births: Tensor, min_rate: float, rare: Rare) -> tuple[Tensor, Tenso
     count = exists.sum(0).double()
     rate = count / n
     # H = ln k - (1/k) sum_i ln(number of births equal to the i-th): ranks in sorted order give the run lengths.
-    ordered = births.sort(0).values
-    first = torch.searchsorted(ordered.T.contiguous(), ordered.T.contiguous()).T
-    last = torch.searchsorted(ordered.T.contiguous(), ordered.T.contiguous(), right=True).T
-    equal = torch.where(ordered > 0, (last - first).double(), 1.0)
+    ordered = births.T.contiguous().sort(1).values  # (c, n)
+    run = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
+    equal = torch.where(ordered > 0, run.double(), 1.0)
     at_least = count.clamp_min(1)
-    entropy = (at_least.log() - equal.log().sum(0) / at_least).clamp_min(0)
+    entropy = (at_least.log() - equal.log().sum(1) / at_least).clamp_min(0)
     whole = math.log(n)
     instead = {"one_minus": (1 - rate) * whole, "max": torch.full_like(rate, whole), "printed": rate * whole}
     return torch.where(rate < min_rate, instead.get(rare, torch.full_like(rate, torch.nan)), entropy), rate

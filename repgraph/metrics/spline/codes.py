@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from repgraph.activations import capture
 from repgraph.activations.forward import Forward
-from repgraph.activations.gates import GATES, unpack
+from repgraph.activations.gates import GATES, gate_choice, unpack
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -117,9 +117,9 @@ def region_codes(
     RegionCodes(n=4, gates=2, layers=1, cells=3)
     """
     refuse_training(model)
-    wanted = [layers] if isinstance(layers, str) else layers
-    select = "gates" if wanted is None else [f"{GATES}{name}" for name in wanted]
-    found = capture(model, x, select, forward=forward, batch_size=batch_size, memory=2**62, progress=progress)
+    found = capture(
+        model, x, gate_choice(layers), forward=forward, batch_size=batch_size, memory=2**62, progress=progress
+    )
     columns: dict[str, slice] = {}
     parts, start = [], 0
     for key in found:

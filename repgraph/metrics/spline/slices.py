@@ -99,55 +99,59 @@ class SlicePartition:
         """
         if self.forms is None:
             raise ValueError("the partition is by some of the layers: outputs are not affine on its cells")
-        outputs = self.forms.shape[2]
+        forms, outputs = self.forms, self.forms.shape[2]
+        # All polygons side by side, (R, v, 2), the shorter ones with their last vertex again.
+        lengths = np.array([len(polygon) for polygon in self.polygons])
+        places = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1) + (lengths.cumsum() - lengths)[:, None]
+        corners = np.concatenate(self.polygons)[places]
+        noise = 1e-12 * np.abs(forms).max((1, 2))  # outputs that are equal but for rounding have no border
         if a is None and b is None:
             if outputs == 1:
-                return self._zeros(self.forms[..., 0], None)
+                return _zeros(corners, forms[..., 0], noise, None)
             pairs = [(i, j) for j in range(outputs) for i in range(j)]
-            found = [self._zeros(self.forms[..., i] - self.forms[..., j], self.forms - self.forms[..., [i]])
-                     for i, j in pairs]  # fmt: skip
+            found = [_zeros(corners, forms[..., i] - forms[..., j], noise, forms - forms[..., [i]]) for i, j in pairs]
             return np.concatenate(found)
         if a is None or b is None or a == b or not (0 <= a < outputs and 0 <= b < outputs):
             raise ValueError(f"a and b must be two different outputs in 0..{outputs - 1}, got {a!r} and {b!r}")
-        return self._zeros(self.forms[..., a] - self.forms[..., b], None)
-
-    def _zeros(self, form: np.ndarray, others: np.ndarray | None) -> np.ndarray:
-        """Zeros (pieces, 2, 2) of an affine function per cell (R, 3), kept where no other (R, 3, k) is above it."""
-        longest = max(map(len, self.polygons))
-        padded = np.stack([np.pad(p, ((0, longest - len(p)), (0, 0)), mode="edge") for p in self.polygons])
-        c, s = form[:, 0], form[:, 1:] - form[:, :1]
-        here = c[:, None] + np.einsum("rvd,rd->rv", padded, s)
-        assert self.forms is not None
-        noise = 1e-12 * np.abs(self.forms).max((1, 2))  # outputs that are equal but for rounding have no border
-        above = here > 0
-        cells = np.flatnonzero(above.any(1) & ~above.all(1) & (np.abs(here).max(1) > noise))
-        padded, here, above = padded[cells], here[cells], above[cells]
-        after, there = np.roll(padded, -1, 1), np.roll(here, -1, 1)
-        crosses = above != np.roll(above, -1, 1)  # twice in a convex cell
-        share = np.where(crosses, here / np.where(crosses, here - there, 1), 0)
-        found: np.ndarray = (padded + share[..., None] * (after - padded))[crosses].reshape(-1, 2, 2)
-        if others is None or not len(found):
-            return found
-        # Along a piece u = start + t (end - start) the others' lead over the two is affine: keep where none is above 0.
-        lead = others[cells]
-        slopes = lead[:, 1:] - lead[:, :1]
-        at = [lead[:, 0] + np.einsum("rd,rdk->rk", found[:, end], slopes) for end in (0, 1)]
-        scale = 1e-12 * np.abs(others).max()
-        rise = at[1] - at[0]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            t = -at[0] / rise
-        low = np.where((rise < 0) & (at[0] > scale), t, 0).max(1)
-        high = np.where((rise > 0) & (at[1] > scale), t, 1).min(1)
-        kept = (low < high) & ~((at[0] > scale) & (at[1] > scale)).any(1)
-        ends = np.stack((low, high), 1)[kept][..., None]
-        result: np.ndarray = found[kept][:, :1] + ends * (found[kept][:, 1:] - found[kept][:, :1])
-        return result
+        return _zeros(corners, forms[..., a] - forms[..., b], noise, None)
 
     def __repr__(self) -> str:
         return (
             f"SlicePartition(cells={self.count}, gates={self.region.gates}, layers={len(self.region.layers)}, "
             f"area={self.areas.sum():.4g})"
         )
+
+
+def _zeros(corners: np.ndarray, form: np.ndarray, noise: np.ndarray, others: np.ndarray | None) -> np.ndarray:
+    """Zeros (pieces, 2, 2) of an affine function per cell (R, 3), kept where no other (R, 3, k) is above it.
+
+    Cells have the given corners (R, v, 2); where the function stays within the noise (R,) there are none.
+    """
+    c, s = form[:, 0], form[:, 1:] - form[:, :1]
+    here = c[:, None] + np.einsum("rvd,rd->rv", corners, s)
+    above = here > 0
+    cells = np.flatnonzero(above.any(1) & ~above.all(1) & (np.abs(here).max(1) > noise))
+    corners, here, above = corners[cells], here[cells], above[cells]
+    after, there = np.roll(corners, -1, 1), np.roll(here, -1, 1)
+    crosses = above != np.roll(above, -1, 1)  # twice in a convex cell
+    share = np.where(crosses, here / np.where(crosses, here - there, 1), 0)
+    found: np.ndarray = (corners + share[..., None] * (after - corners))[crosses].reshape(-1, 2, 2)
+    if others is None or not len(found):
+        return found
+    # Along a piece u = start + t (end - start) the others' lead over the two is affine: keep where none is above 0.
+    lead = others[cells]
+    slopes = lead[:, 1:] - lead[:, :1]
+    at = [lead[:, 0] + np.einsum("rd,rdk->rk", found[:, end], slopes) for end in (0, 1)]
+    scale = 1e-12 * np.abs(others).max()
+    rise = at[1] - at[0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = -at[0] / rise
+    low = np.where((rise < 0) & (at[0] > scale), t, 0).max(1)
+    high = np.where((rise > 0) & (at[1] > scale), t, 1).min(1)
+    kept = (low < high) & ~((at[0] > scale) & (at[1] > scale)).any(1)
+    ends = np.stack((low, high), 1)[kept][..., None]
+    result: np.ndarray = found[kept][:, :1] + ends * (found[kept][:, 1:] - found[kept][:, :1])
+    return result
 
 
 def slice_partition(
