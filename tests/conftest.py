@@ -1,6 +1,22 @@
-"""Hypothesis draws the same examples in every run, without a time limit for one."""
+"""Hypothesis draws the same examples in every run, without a time limit for one; plots touch nothing global."""
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pytest
 from hypothesis import settings
 
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("fixed")
+
+
+@pytest.fixture
+def nothing_global(monkeypatch):
+    mpl.use("Agg")
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda *_, **__: shown.append("pyplot"))
+    monkeypatch.setattr(mpl.figure.Figure, "show", lambda *_, **__: shown.append("figure"))
+    before = dict(mpl.rcParams)
+    yield
+    assert dict(mpl.rcParams) == before
+    assert not shown
+    plt.close("all")

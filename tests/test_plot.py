@@ -14,14 +14,7 @@ from matplotlib.collections import LineCollection, PathCollection
 
 from repgraph import Activations, knn_graph, plot, profile_activations
 
-
-@pytest.fixture(autouse=True)
-def _no_display():
-    mpl.use("Agg")
-    before = dict(mpl.rcParams)
-    yield
-    assert dict(mpl.rcParams) == before
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("nothing_global")
 
 
 @pytest.fixture

@@ -16,19 +16,7 @@ from repgraph.metrics.spline import slice_partition, slice_through_samples
 
 FAMILIES = ["modularity", "gbs_previous", "cka_previous", "feature_entropy", "complexity", "local_complexity"]
 METRICS = ("modularity", "gbs", "cka", "feature_entropy", "complexity", "spline")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_global(monkeypatch):
-    mpl.use("Agg")
-    shown = []
-    monkeypatch.setattr(plt, "show", lambda *_, **__: shown.append("pyplot"))
-    monkeypatch.setattr(mpl.figure.Figure, "show", lambda *_, **__: shown.append("figure"))
-    before = dict(mpl.rcParams)
-    yield
-    assert dict(mpl.rcParams) == before
-    assert not shown
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("nothing_global")
 
 
 def chain():

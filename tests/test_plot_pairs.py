@@ -3,7 +3,6 @@
 import warnings
 from itertools import pairwise
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,14 +14,7 @@ from matplotlib.collections import PathCollection, PolyCollection
 from repgraph import Activations, between_layers, between_layers_null, plot, profile_activations
 from repgraph.metrics.similarity import gbs, linear_cka, mutual_knn, procrustes
 
-
-@pytest.fixture(autouse=True)
-def _no_display():
-    mpl.use("Agg")
-    before = dict(mpl.rcParams)
-    yield
-    assert dict(mpl.rcParams) == before
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("nothing_global")
 
 
 def features(seed, names):
