@@ -6,6 +6,7 @@ from repgraph.graph import Graph, Partition, communities, knn_graph, threshold_g
 from repgraph.layerwise import apply_layers, profile, profile_activations
 from repgraph.metrics.class_separation import class_separation
 from repgraph.metrics.modularity import label_agreement, modularity, modularity_ceiling, modularity_null
+from repgraph.segments import segment_layers
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "modularity_null",
     "profile",
     "profile_activations",
+    "segment_layers",
     "stream",
     "stream_cka",
     "threshold_graph",

@@ -1,7 +1,7 @@
 """Which metric is invariant to what: the table of docs/invariances.md, every cell of which is tested.
 
-A measure of two layers has one of them changed; a metric of one layer and labels has its layer changed; metrics of
-feature maps and of gates have changes of their own.
+A measure of two layers has one of them changed; a metric of one layer and labels has its layer changed; metrics of a
+block's input and output, of feature maps and of gates have changes of their own.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,10 @@ from torch import Tensor
 import repgraph
 from repgraph.metrics import complexity as c
 from repgraph.metrics import similarity as s
+from repgraph.metrics.angular_distance import angular_distance
+from repgraph.metrics.block_influence import block_influence
 from repgraph.metrics.feature_entropy import feature_birth, feature_entropy
+from repgraph.metrics.relative_residual import relative_residual
 
 Change = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -90,6 +93,34 @@ LAYERS: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
 }
 
 
+def _both(change):
+    """One change, the same for what enters and what leaves a block."""
+    return lambda x, y, generator: change(torch.cat((x, y)), generator).chunk(2)
+
+
+def _row_scale_of_both(x, y, generator):
+    scale = torch.exp(_normal(generator, len(x), 1))
+    return scale * x, scale * y
+
+
+BLOCK_CHANGES: dict[str, tuple[str, Callable]] = {
+    "O": ("orthogonal map of the features, the same for input and output", _both(_orthogonal)),
+    "S": ("isotropic scale of both", _both(CHANGES["S"][1])),
+    "S1": ("isotropic scale of the output alone", lambda x, y, generator: (x, CHANGES["S"][1](y, generator))),
+    "R": ("positive scale per sample, the same for both", _row_scale_of_both),
+    "R1": ("positive scale per sample of the output alone", lambda x, y, generator: (x, _row_scale(y, generator))),
+    "T": ("translation, the same for both", _both(_translation)),
+    "L": ("invertible linear map of the features, the same for both", _both(_linear)),
+    "P": ("order of the samples of both", lambda x, y, g: torch.stack((x, y))[:, torch.randperm(len(x), generator=g)]),
+}  # fmt: skip
+
+BLOCKS: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
+    "block_influence": (block_influence, "O S S1 R R1 P"),
+    "angular_distance": (angular_distance, "O S S1 R R1 P"),
+    "relative_residual": (relative_residual, "O S R P"),
+}
+
+
 MAP_CHANGES: dict[str, tuple[str, Change]] = {
     "S": ("positive scale", lambda x, generator: 3.7 * x),
     "M": ("increasing function of the values", lambda x, generator: torch.exp(x)),
@@ -127,6 +158,7 @@ GATES: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
 GROUPS: dict[str, tuple[dict, dict]] = {
     "of two layers": (CHANGES, PAIRS),
     "of one layer and labels": (CHANGES, LAYERS),
+    "of a block's input and output": (BLOCK_CHANGES, BLOCKS),
     "of feature maps": (MAP_CHANGES, MAPS),
     "of gates": (GATE_CHANGES, GATES),
 }
@@ -147,6 +179,9 @@ def before_and_after(name: str, change: str, seed: int) -> tuple[float, float]:
     if name in MAPS:
         maps = torch.relu(_normal(generator, 30, 8, 8))
         return MAPS[name][0](maps), MAPS[name][0](MAP_CHANGES[change][1](maps, generator))
+    if name in BLOCKS:
+        y = x + 0.5 * torch.tanh(x @ _normal(generator, 5, 5))
+        return BLOCKS[name][0](x, y), BLOCKS[name][0](*BLOCK_CHANGES[change][1](x, y, generator))
     if name in GATES:
         x, generator = x > 0, torch.Generator().manual_seed(seed)
     pair = name in PAIRS
@@ -166,4 +201,4 @@ def before_and_after(name: str, change: str, seed: int) -> tuple[float, float]:
 
 def invariant(name: str, change: str) -> bool:
     """What the table says."""
-    return change in (PAIRS | LAYERS | MAPS | GATES)[name][1].split()
+    return change in (PAIRS | LAYERS | BLOCKS | MAPS | GATES)[name][1].split()

@@ -13,12 +13,20 @@ import scipy.linalg
 import scipy.spatial
 import scipy.stats
 import torch
-from sklearn.metrics.pairwise import cosine_similarity, paired_cosine_distances, rbf_kernel
+from sklearn.metrics.pairwise import (
+    cosine_similarity,
+    paired_cosine_distances,
+    paired_euclidean_distances,
+    rbf_kernel,
+)
 from sklearn.neighbors import NearestNeighbors, kneighbors_graph, radius_neighbors_graph
 
 import repgraph
 from repgraph.metrics import complexity, feature_entropy, spline
 from repgraph.metrics import similarity as ours
+from repgraph.metrics.angular_distance import angular_distance
+from repgraph.metrics.block_influence import block_influence
+from repgraph.metrics.relative_residual import relative_residual
 
 
 def samples(n: int = 60, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -223,6 +231,34 @@ def _graph(x=X, k=3, symmetrize="mean"):
     return repgraph.knn_graph(x, k, symmetrize=symmetrize)
 
 
+OUT = X + 0.4 * Y[:, :8]  # of a residual block with the input X
+
+
+def _angles():
+    return [np.arccos(1 - scipy.spatial.distance.cosine(a, b)) / np.pi for a, b in zip(A, OUT.numpy(), strict=True)]
+
+
+def _drifting():
+    """Six layers that drift away from X, and their linear CKA."""
+    layers = {str(i): torch.cos(i / 3 * X) + X for i in range(6)}
+    return layers, repgraph.between_layers(ours.linear_cka, layers, permutations=0, progress=False)
+
+
+def _inertia():
+    """Squared deviations of the normalised centred Gram matrices from the means of the runs, as k-means counts them."""
+    from sklearn.cluster import KMeans
+
+    grams = []
+    for x in _drifting()[0].values():
+        gram = (x - x.mean(0)).numpy() @ (x - x.mean(0)).numpy().T
+        grams.append((gram / np.linalg.norm(gram)).ravel())
+    return min(
+        sum(KMeans(1, n_init=1).fit(part).inertia_ for part in (grams[:i], grams[i:j], grams[j:]))
+        for i in range(1, 5)
+        for j in range(i + 1, 6)
+    )
+
+
 MAPS = np.maximum(np.random.default_rng(1).normal(size=(40, 12, 12)), 0)
 GATES = X[:, :8] > X[:, :8].median()
 LINES = (Y[:12, :2] / Y[:12, :2].norm(dim=1, keepdim=True), 0.4 + X[:12, 0].abs() / 4)
@@ -351,6 +387,12 @@ ROWS = [
     Row("RSA, squared Euclidean, cosine", lambda: ours.rsa(X, Y, rdm="sqeuclidean", compare="cosine"),
         ("rsatoolbox",), lambda: _rsa("euclidean", "cosine")),
     Row("RTD", lambda: ours.rtd(X, Y), ("ripser",), _rtd),
+    Row("block influence", lambda: block_influence(X, OUT), ("sklearn",),
+        lambda: float(paired_cosine_distances(A, OUT.numpy()).mean())),
+    Row("angular distance", lambda: angular_distance(X, OUT), ("scipy",), lambda: float(np.mean(_angles()))),
+    Row("relative residual", lambda: relative_residual(X, OUT), ("sklearn",),
+        lambda: float((paired_euclidean_distances(A, OUT.numpy()) / np.linalg.norm(A, axis=1)).mean())),
+    Row("cost of 6 layers in 3 runs", lambda: repgraph.segment_layers(_drifting()[1], 3).cost, ("sklearn",), _inertia),
     Row("triangles, k = 5", lambda: float(sum(ours.triangle_motifs(_graph(k=5), LABELS))), ("networkx",), _triangles),
     Row("triangles of one class, k = 5", lambda: float(ours.triangle_motifs(_graph(k=5), LABELS).type1),
         ("networkx",), _type1),

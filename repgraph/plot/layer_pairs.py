@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,10 +13,14 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from repgraph.labels import Labels, as_labels
 from repgraph.plot.by_layer import BLUE, GREY, caption, draw_chance, inches, spaced
+
+if TYPE_CHECKING:
+    from repgraph.segments import Segmentation
 
 _TITLES = {
     "gbs": "GBS",
@@ -37,6 +43,7 @@ def heatmap(
     limits: tuple[float, float] | None = None,
     stage: Callable[[str], object] | None = None,
     best: bool = False,
+    segments: Segmentation | pd.Series | None = None,
     colorbar: bool = True,
 ) -> Axes:
     """Similarity of layers to layers; which axis is which model is written on it.
@@ -55,6 +62,9 @@ def heatmap(
         ("layer2.5" -> "layer2").
     best
         Mark the best match of each row with a dot.
+    segments
+        Runs of consecutive layers to outline on the diagonal of one model's own table: of `repgraph.segment_layers`,
+        or a Series layer -> run. The title tells how many, and their cost where it is known.
     colorbar
         Draw the colour scale.
 
@@ -66,7 +76,7 @@ def heatmap(
     Raises
     ------
     ValueError
-        If the table is empty.
+        If the table is empty; if segments are given for a table of two models, or are not runs of its layers.
 
     Examples
     --------
@@ -77,6 +87,7 @@ def heatmap(
     """
     if not table.size:
         raise ValueError(f"table must have at least one layer on each side, got {table.shape[0]} x {table.shape[1]}")
+    starts = None if segments is None else _starts(table, segments)
     if ax is None:
         height, width = (float(np.clip(1.6 + 0.16 * size, 3.2, 11)) for size in table.shape)
         ax = plt.subplots(figsize=(width + 0.9, height), layout="constrained")[1]
@@ -90,12 +101,18 @@ def heatmap(
         known = np.flatnonzero(~np.isnan(values).all(1))
         found = (np.nanargmin if falls else np.nanargmax)(values[known], axis=1)
         ax.plot(found, known, linestyle="", marker="o", markersize=3, color="#D55E00", markeredgewidth=0)
+    note = ""
+    if segments is not None and starts is not None:
+        for start, end in pairwise([*starts, len(rows)]):
+            ax.add_patch(_outline(start, end))
+        cost = "" if isinstance(segments, pd.Series) else f", cost {segments.cost:.3g}"
+        note = f"squares: {len(starts)} segments{cost}"
     ax.set_ylabel(str(table.index.name or "layer"))
     ax.set_xlabel(str(table.columns.name or "layer"))
     if colorbar:
         _colorbar(image, [ax])
-    if table.attrs.get("measure"):
-        _title(ax, table)
+    if table.attrs.get("measure") or note:
+        _title(ax, table, note)
     return ax
 
 
@@ -179,6 +196,33 @@ def _stage(name: str) -> str:
     return head if tail.split("#")[0].isdigit() else name
 
 
+def _starts(table: pd.DataFrame, segments: Segmentation | pd.Series) -> list[int]:
+    """Places of the first layers of the runs."""
+    rows, columns = ([str(name) for name in names] for names in (table.index, table.columns))
+    sides = table.index.name, table.columns.name
+    if rows != columns or (None not in sides and sides[0] != sides[1]):
+        raise ValueError("segments can be outlined only in a table of one model's layers with themselves")
+    membership = segments if isinstance(segments, pd.Series) else segments.membership
+    if [str(name) for name in membership.index] != rows:
+        raise ValueError(
+            f"segments must have the table's {len(rows)} layers in its order, {rows[0]} to {rows[-1]}, "
+            f"got {len(membership)}"
+        )
+    runs = list(membership)
+    starts = [0, *(i for i in range(1, len(runs)) if runs[i] != runs[i - 1])]
+    if len(starts) != len(set(runs)):
+        raise ValueError("segments must be runs of consecutive layers, got one that begins twice")
+    return starts
+
+
+def _outline(start: int, end: int) -> Rectangle:
+    """The square of the layers from start to before end."""
+    place, size = (start - 0.5, start - 0.5), end - start
+    square = Rectangle(place, size, size, fill=False, edgecolor="#D55E00", linewidth=2, zorder=3)  # above stage lines
+    square.set_clip_on(False)  # along the border its line would lose half of its width
+    return square
+
+
 def _mark(ax: Axes, rows: list[str], columns: list[str], stage: Callable[[str], object]) -> None:
     """Layer names as densely as they can be read, and lines between stages."""
     for names, axis, line, room in (
@@ -201,9 +245,11 @@ def _colorbar(image: AxesImage, axes: list[Axes]) -> None:
     figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
 
 
-def _title(ax: Axes, table: pd.DataFrame) -> None:
+def _title(ax: Axes, table: pd.DataFrame, note: str = "") -> None:
     room = max(30, int(inches(ax)[0] * 72 / (8 * 0.56)))
-    ax.set_title(textwrap.fill(caption(table), room), loc="left", size=8, color="#444444")
+    settings = caption(table) if table.attrs.get("measure") else ""
+    text = "\n".join(textwrap.fill(part, room) for part in (settings, note) if part)
+    ax.set_title(text, loc="left", size=8, color="#444444")
 
 
 def similarity_by_distance(
