@@ -173,6 +173,27 @@ class _Slices:
             yield _take(self.whole, slice(start, start + self.batch_size), self.n)
 
 
+def example_inputs(example: object) -> object:
+    """What goes into a model of one batch in any form that `capture` reads: a tensor, or a dict to pass by keyword.
+
+    Raises
+    ------
+    TypeError
+        If there is no tensor in it.
+    """
+    whole = isinstance(example, Tensor | np.ndarray | tuple | Mapping | str | bytes)
+    if isinstance(example, Iterable) and not whole:
+        example = next(iter(example), None)
+    raw = _as_tensors(example)
+    try:
+        size = _size(raw)
+    except TypeError as error:
+        raise TypeError(
+            f"example must be one batch: a tensor, a tuple (inputs, labels) or a dict, got {type(example).__name__}"
+        ) from error
+    return _parse(raw, size, 0, False).inputs
+
+
 def to_device(
     item: object, device: torch.device | None, dtype: torch.dtype | None = None, *, copy: bool = False
 ) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 
 import numpy as np
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from repgraph.activations.batches import Batch, model_device, model_dtype, to_device
+from repgraph.activations.batches import Batch, example_inputs, model_device, model_dtype, to_device
 from repgraph.activations.gates import Kinks, Watch, watched
-from repgraph.activations.layers import call_key
+from repgraph.activations.layers import INPUTS, call_key
 
 Forward = Callable[[nn.Module, object], object]
 Visit = Callable[[str, nn.Module, Tensor, Batch], None]
@@ -51,17 +51,14 @@ def run(
     last = ""
     watch: Watch | None = None
 
-    def hook_for(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, _: object, output: object) -> None:
-            nonlocal last
-            key = last = call_key(name, calls)
-            if watch is not None:
-                watch.paused = True  # what is done with an output is not the model's
-            visit(key, module, first_tensor(output, key), current[0])
-            if watch is not None:
-                watch.paused = False
-
-        return hook
+    def see_layer(name: str, module: nn.Module, value: object) -> None:
+        nonlocal last
+        key = last = call_key(name, calls)
+        if watch is not None:
+            watch.paused = True  # what is done with an output is not the model's
+        visit(key, module, first_tensor(value, key), current[0])
+        if watch is not None:
+            watch.paused = False
 
     def see(key: str, z: Tensor, kinks: Kinks) -> None:
         nonlocal last
@@ -72,7 +69,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         for name, module in modules.items():
-            stack.enter_context(_removed(module.register_forward_hook(hook_for(name))))
+            stack.enter_context(_removed(listen(name, module, see_layer)))
         if passes:
             reseed(passes)
         bar = stack.enter_context(
@@ -86,10 +83,8 @@ def run(
                 with torch.no_grad(), watched(model, see, Watch) if gates is not None else nullcontext() as watch:
                     if forward is not None:
                         forward(model, to_device(batch.raw, device, copy=True))
-                    elif isinstance(batch.inputs, Mapping):
-                        model(**to_device(batch.inputs, device, dtype, copy=True))  # type: ignore[arg-type]
                     else:
-                        model(to_device(batch.inputs, device, dtype, copy=True))
+                        _call(model, to_device(batch.inputs, device, dtype, copy=True))
             except Exception as error:
                 error.add_note(
                     f"repgraph: batch {number} of shape {_shapes(batch.inputs)}; last layer to run: {last or 'none'}"
@@ -97,6 +92,15 @@ def run(
                 raise
             bar.update()
             yield batch
+
+
+def listen(
+    name: str, module: nn.Module, see: Callable[[str, nn.Module, object], None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Hook `see` to the outputs of a module, or, where "inputs:" is before its name, to its inputs."""
+    if name.startswith(INPUTS):
+        return module.register_forward_pre_hook(lambda m, args, kwargs: see(name, m, (args, kwargs)), with_kwargs=True)
+    return module.register_forward_hook(lambda m, _, output: see(name, m, output))
 
 
 @contextmanager
@@ -138,6 +142,22 @@ def kept_random_state() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
         random.setstate(own)
         np.random.set_state(legacy)  # noqa: NPY002
+
+
+@kept_random_state()
+def run_example(model: nn.Module, example: object, within: AbstractContextManager[object] | None = None) -> object:
+    """What the model gives for one batch, in eval mode without gradients; it comes out as it went in.
+
+    `within` is entered around the forward pass alone.
+    """
+    inputs = to_device(example_inputs(example), model_device(model), model_dtype(model), copy=True)
+    with untouched(model), torch.no_grad(), within or nullcontext():
+        return _call(model, inputs)
+
+
+def _call(model: nn.Module, inputs: object) -> object:
+    """A dict goes to the model by keyword."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def reseed(passes: int) -> None:

@@ -19,6 +19,7 @@ Select: TypeAlias = Item | Sequence[Item]
 _CONV = nn.modules.conv._ConvNd
 _WEIGHTED = (_CONV, nn.Linear)
 _LISTS = (nn.Sequential, nn.ModuleList)
+INPUTS = "inputs:"  # before the name of a module whose input is taken in place of its output
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -47,7 +48,8 @@ def choose(model: nn.Module, select: Select = "blocks") -> dict[str, nn.Module]:
     """The chosen modules by name, in order of registration.
 
     A name may end in "#1", "#2", ... to mean a later call of a module that runs more than once. Wildcards are those
-    of `fnmatch`, so "layer1.*" takes everything below layer1.
+    of `fnmatch`, so "layer1.*" takes everything below layer1. "inputs:" before a choice means the inputs of its
+    modules, under keys with that prefix.
 
     Raises
     ------
@@ -62,7 +64,7 @@ def choose(model: nn.Module, select: Select = "blocks") -> dict[str, nn.Module]:
         found |= _one(modules, item)
     if not found:
         raise ValueError("layers is empty: name at least one layer")
-    return {name: module for name, module in modules.items() if name in found}
+    return {key: module for name, module in modules.items() for key in (INPUTS + name, name) if key in found}
 
 
 def items_of(model: nn.Module, select: Select) -> list[Item]:
@@ -70,7 +72,7 @@ def items_of(model: nn.Module, select: Select) -> list[Item]:
     items = [select] if isinstance(select, str | type) or callable(select) else list(select)
     if any(name == "module" for name, _ in model.named_children()):
         return items
-    return [re.sub(r"^(gates:)?module\.", r"\1", item) if isinstance(item, str) else item for item in items]
+    return [re.sub(r"^(gates:|inputs:)?module\.", r"\1", item) if isinstance(item, str) else item for item in items]
 
 
 def call_key(name: str, calls: Counter[str]) -> str:
@@ -89,6 +91,8 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _one(modules: dict[str, nn.Module], select: Item) -> dict[str, nn.Module]:
+    if isinstance(select, str) and select.startswith(INPUTS):
+        return {INPUTS + name: module for name, module in _one(modules, select.removeprefix(INPUTS)).items()}
     if isinstance(select, type):
         found = {name: module for name, module in modules.items() if isinstance(module, select)}
         described = f"type {select.__name__}"

@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from repgraph.activations.batches import model_device, model_dtype, to_device
 from repgraph.activations.container import Spec
-from repgraph.activations.forward import first_tensor, kept_random_state
+from repgraph.activations.forward import first_tensor, kept_random_state, listen
 from repgraph.activations.gates import GATES, Kinks, Watch, choose_with_gates, matches, watched
-from repgraph.activations.layers import Select, call_key, unwrap
+from repgraph.activations.layers import INPUTS, Select, call_key, unwrap
 from repgraph.activations.recording import Recording, check_found, gate_spec
 
 
@@ -150,9 +150,9 @@ def _fake_shapes(
     specs: dict[str, Spec] = {}
     calls: Counter[str] = Counter()
 
-    def hook(name: str, output: object) -> None:
+    def hook(name: str, _: nn.Module, value: object) -> None:
         key = call_key(name, calls)
-        x = first_tensor(output, key)
+        x = first_tensor(value, key)
         specs[key] = Spec(tuple(x.shape[1:]), x.dtype)
 
     def see(key: str, z: Tensor, kinks: Kinks) -> None:
@@ -167,7 +167,7 @@ def _fake_shapes(
         with FakeCopyMode(fake):
             copied = deepcopy(model).eval()
         for name in names:
-            copied.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: hook(name, output))
+            listen(name, copied.get_submodule(name.removeprefix(INPUTS)), hook)
         with fake, torch.no_grad(), watched(copied, see, Watch) if patterns else nullcontext():
             copied(**example) if isinstance(example, Mapping) else copied(example)
     except Exception:  # any model may refuse any guess, for any reason

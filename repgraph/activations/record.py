@@ -53,6 +53,7 @@ def capture(
     layers
         "blocks" (residual blocks and stem, transformer blocks, convs of a plain chain), "leaves", a name, a wildcard
         ("layer1.*"), a module type, a predicate (name, module) -> bool, or a list of names, wildcards and types.
+        "inputs:layer1.0" (or another choice behind "inputs:") takes what goes into a module: its first tensor argument.
         "gates" takes which side of its kink each ReLU-like unit is on, wherever the model calls one, as a module or a
         function: packed bits (n, ceil(D / 8)), uint8, for D units; "gates:layer1.*" some of them. They are named
         "gates:" and the module ("#1" behind it for a second call), or "gates:name#relu0", "gates:name#relu1", ... for
