@@ -58,7 +58,7 @@ def reduced(
         return value
     if x.ndim <= 2:
         return x
-    axis = _channel_axis(x, module, key, channel_axis)
+    axis = channel_axis_of(x, module, key, channel_axis)
     if how == "mean":
         x = x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
         if mask is not None and x.ndim == 3 and axis == 2:
@@ -86,7 +86,7 @@ def _fitting(mask: Tensor, x: Tensor, key: str) -> Tensor:
     return mask.to(x.device) != 0
 
 
-def _channel_axis(x: Tensor, module: nn.Module, key: str, given: ChannelAxis) -> int:
+def channel_axis_of(x: Tensor, module: nn.Module, key: str, given: ChannelAxis) -> int:
     """Channel axis, positive. Tokens (n, T, d) have it last, images (n, c, h, w) first, unless its widths differ."""
     if isinstance(module, _FIRST):
         return 1  # torch fixes the layout of these

@@ -1,0 +1,206 @@
+"""What goes into and comes out of a model's modules in one forward pass, and what becomes of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, MutableMapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from repgraph.activations.forward import run_example
+from repgraph.activations.layers import INPUTS
+
+_ADD = ("add", "add_")
+_SCALE = ("mul", "mul_", "roll")
+AVERAGE = ("mean", "_adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+SHAPE = ("view", "_unsafe_view", "reshape", "permute", "transpose", "clone")
+
+
+@dataclass
+class Call:
+    """What a module does in a forward pass, as far as it matters for leaving it out."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    given: list[tuple[int | str, Tensor]]
+    """Its tensor arguments, by position or keyword."""
+    result: Tensor | None
+    """The first tensor that it gives."""
+    leaf: bool = False
+    """Whether it has no modules inside."""
+    count: int = 1
+    """How often it runs."""
+    passed: int | str | None = None
+    """The argument that agrees with the result in shape and type and can stand in for it; None if there is none."""
+    branch: bool = False
+    """Whether its result is only added to something, so that leaving it out means adding nothing."""
+    before: str | None = None
+    """What `capture` calls the tensor that takes the place of the result; None if no module gives or takes it."""
+    after: str | None = None
+    """What `capture` calls the result: of a branch, the sum."""
+    from_modules: list[str] = field(default_factory=list)
+    """Modules that made the other tensor arguments."""
+    uses: list[str] = field(default_factory=list)
+    """The operations on its result, seen through scaling, averages and changes of shape."""
+    followed: set[str] = field(default_factory=set)
+    """Those that it was seen through."""
+    taken_by: list[str] = field(default_factory=list)
+    """The watched modules that took its result as their first argument, seen through the same."""
+
+    parts: int | None = None
+    """Length of the tuple that it gives; None for a tensor."""
+    place: int = 0
+    """Where in the tuple the result stands."""
+
+    @property
+    def droppable(self) -> bool:
+        """Whether the result can be replaced: by an argument that agrees with it, or by adding nothing."""
+        return self.passed is not None
+
+    def text(self) -> str:
+        """What comes in and goes out, as shapes."""
+        comes = " and ".join(str(tuple(value.shape)) for _, value in self.given) or "no tensor"
+        return f"it turns {comes} into {'no tensor' if self.result is None else tuple(self.result.shape)}"
+
+
+def observe(model: nn.Module, example: object, names: Iterable[str]) -> dict[str, Call]:
+    """The named modules' calls in one forward pass on the example, in order of completion; of several the first.
+
+    The model runs in eval mode without gradients and comes out as it went in.
+    """
+    watch = _Watch(set(names))
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name:
+                enter = module.register_forward_pre_hook(watch.enter(name), with_kwargs=True, prepend=True)
+                leave = module.register_forward_hook(watch.leave(name), with_kwargs=True)
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
+        run_example(model, example, within=watch)
+    return watch.finished()
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the results of the watched modules to the operations that use them.
+
+    A tensor's value is told from what an in-place operation makes of it by its version.
+    """
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = names
+        self.calls: dict[str, Call] = {}
+        self.marks: MutableMapping[Tensor, set[str]] = WeakTensorKeyDictionary()
+        """Tensor -> the watched modules whose result it is, scaled or reshaped at most."""
+        self.places: MutableMapping[Tensor, list[tuple[int, str]]] = WeakTensorKeyDictionary()
+        """Tensor -> (version, what capture calls it)."""
+        self.uses: dict[str, list[str]] = defaultdict(list)
+        """Module -> the operations on its result; "add" if they add something of the same shape."""
+        self.followed: dict[str, set[str]] = defaultdict(set)
+        """Module -> what scaled, averaged or reshaped its result."""
+        self.sums: dict[str, tuple[Tensor, int, Tensor, int]] = {}
+        """Module -> what its result was added to, and the sum."""
+        self.readers: dict[str, list[str]] = defaultdict(list)
+        self.arguments: dict[str, list[tuple[int | str, Tensor, int]]] = {}
+
+    def enter(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            given = [(k, v, v._version) for k, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)]
+            if given:
+                self._place(given[0][1], INPUTS + name)
+            if name in self.names:
+                self.arguments[name] = given  # type: ignore[assignment]
+                for maker in self.marks.get(given[0][1], ()) if given else ():
+                    self.readers[maker].append(name)
+
+        return hook
+
+    def leave(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+            several = list(output) if isinstance(output, tuple | list) else [output]
+            place = next((i for i, value in enumerate(several) if isinstance(value, Tensor)), 0)
+            first = several[place] if several else None
+            result = first if isinstance(first, Tensor) else None
+            if result is not None:
+                self._place(result, name)
+            if name not in self.names:
+                return
+            if name in self.calls:
+                self.calls[name].count += 1
+                return
+            given = self.arguments[name]
+            call = Call(args, kwargs, [(key, value) for key, value, _ in given], result)
+            if isinstance(output, tuple | list):
+                call.parts, call.place = len(output), place
+            call.leaf = next(module.children(), None) is None
+            for key, value, _ in given:
+                if result is not None and value.shape == result.shape and value.dtype == result.dtype:
+                    call.passed = key
+                    break
+            self.calls[name] = call
+            if result is not None:
+                self.marks.setdefault(result, set()).add(name)
+
+        return hook
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        versions = [value._version for value in tensors]
+        used = [(tensor, set(self.marks.get(tensor, ()))) for tensor in tensors]
+        out = func(*args, **(kwargs or {}))
+        operation = func.overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else ""
+        for tensor, names in used:
+            for name in names:
+                self._follow(name, tensor, operation, tensors, versions, out)
+        return out
+
+    def _follow(
+        self, name: str, tensor: Tensor, operation: str, tensors: list[Tensor], versions: list[int], out: Any
+    ) -> None:
+        others = [(other, version) for other, version in zip(tensors, versions, strict=True) if other is not tensor]
+        if operation in _ADD and len(others) == 1 and others[0][0].shape == tensor.shape:
+            self.uses[name].append("add")
+            in_place = operation.endswith("_")
+            self.sums[name] = (*others[0], out, out._version + in_place)
+            if in_place:
+                self.marks[out] = self.marks.get(out, set()) - {name}
+        elif operation in (*_SCALE, *AVERAGE, *SHAPE) and isinstance(out, Tensor):
+            self.marks.setdefault(out, set()).add(name)
+            self.followed[name].add(operation)
+        else:
+            self.uses[name].append(operation or "other")
+
+    def _place(self, tensor: Tensor, key: str) -> None:
+        self.places.setdefault(tensor, []).append((tensor._version, key))
+
+    def _key(self, tensor: Tensor, version: int) -> str | None:
+        """An output of a watched module rather than another one, an output rather than an input."""
+        keys = [key for at, key in self.places.get(tensor, []) if at == version]
+        return min(keys, key=lambda key: (key not in self.names, key.startswith(INPUTS)), default=None)
+
+    def finished(self) -> dict[str, Call]:
+        """The calls, with what became of their results."""
+        made = {id(call.result): name for name, call in self.calls.items()}
+        for name, call in self.calls.items():
+            if call.result is None:
+                continue
+            call.taken_by = self.readers[name]
+            call.uses, call.followed = self.uses[name], self.followed[name]
+            call.branch = call.passed is not None and not call.leaf and set(call.uses) == {"add"}
+            if call.branch:
+                other, at, total, then = self.sums[name]
+                call.before, call.after = self._key(other, at), self._key(total, then)
+            elif call.passed is not None:
+                value, version = next((v, at) for key, v, at in self.arguments[name] if key == call.passed)
+                call.before, call.after = self._key(value, version), name
+            call.from_modules = [
+                made[id(value)] for key, value in call.given if key != call.passed and id(value) in made
+            ]
+        return self.calls

@@ -1,0 +1,377 @@
+"""Leave layers out of a model: any module whose input and output agree, checked by a forward pass."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+
+from repgraph.activations.forward import first_tensor, run_example
+from repgraph.activations.layers import Select, choose, unwrap
+from repgraph.cost import Cost, cost_by_module, model_cost
+from repgraph.prune.calls import Call, observe
+from repgraph.prune.numbering import delete, mixed_attention, number_attention
+from repgraph.prune.plan import Plan
+from repgraph.prune.pruned import Pruned, new_name
+from repgraph.prune.stand_ins import Affine, Skip
+
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_ACTIVATIONS = tuple(
+    kind
+    for name, kind in vars(nn.modules.activation).items()
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and name in nn.modules.activation.__all__
+)
+
+
+def droppable_layers(model: nn.Module, example: object, layers: Select | Literal["halves"] = "blocks") -> list[str]:
+    """Those of the chosen layers that `drop_layers` can leave out: their input and output agree in shape and type.
+
+    Parameters
+    ----------
+    model, example
+        As in `drop_layers`.
+    layers
+        As in `capture`, or "halves": the parts of every block that can be left out on their own, as the attention and
+        the MLP half of a transformer block.
+
+    Returns
+    -------
+    list of str
+        In execution order; empty if there are none.
+
+    Examples
+    --------
+    >>> from repgraph.demo import digits, digits_resnet
+    >>> droppable_layers(digits_resnet(), digits())[:6]
+    ['layer1.0', 'layer1.1', 'layer1.2', 'layer1.3', 'layer1.4', 'layer2.1']
+    """
+    model = unwrap(model)
+    chosen = list(choose(model, "blocks" if layers == "halves" else layers))
+    if layers != "halves":
+        calls = observe(model, example, chosen)
+        return [name for name, call in calls.items() if call.droppable]
+    parts = {
+        f"{block}.{child}": block
+        for block in chosen
+        for child, module in model.get_submodule(block).named_children()
+        if next(module.children(), None) is not None
+    }
+    calls = observe(model, example, parts)
+    found = [name for name, call in calls.items() if call.droppable]
+    several = [name for name in found if sum(parts[name] == parts[other] for other in found) > 1]
+    return several
+
+
+def drop_layers(model: nn.Module, names: str | Sequence[str] | Plan, example: object) -> Pruned:
+    """A copy of the model without some of its layers, which become the identity; the model itself is untouched.
+
+    A layer can be left out if one of its arguments agrees with its result in shape and type. Members of a Sequential or
+    ModuleList are taken out of it, and the rest moves up; in Hugging Face models the numbers of the attention layers
+    and the config follow, so that `generate` keeps its cache. Other modules are replaced by nn.Identity or `Skip`.
+
+    What counts as leaving out: a module gives its input back. If it has parts and its result is only added to
+    something (the attention or MLP half of a transformer block, the branch of a residual block), it adds nothing
+    instead. A convolution or linear layer in a Sequential takes the norm, activation and dropout with it that follow it
+    there, whose statistics are those of its output. A module that only feeds one that is left out goes with it (the
+    first half of BERT's MLP).
+
+    Parameters
+    ----------
+    model
+        Any nn.Module, in any mode and on any device; DataParallel and torch.compile are looked through.
+    names
+        Modules to leave out, or a `Plan`, whose layers are left out. None is allowed: [] gives an equal copy.
+    example
+        One batch, as `capture` reads it: a tensor, a tuple (inputs, labels), or a dict that goes to the model by
+        keyword. Costs are counted on it.
+
+    Returns
+    -------
+    Pruned
+        The smaller model, the plan with every module that went, and the cost before and after.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, given twice or inside another one; if a layer does not run on the example, changes the
+        shape, or gives more than the rest of the model can do without; if no block would be left; if the smaller
+        model does not run or does not compute what the model computes with these layers replaced by the identity.
+
+    Notes
+    -----
+    The check: on the example, in eval mode, the first tensor that the smaller model gives is compared with that of the
+    model itself whose layers' results are exchanged by hooks, to a relative 1e-5.
+
+    Examples
+    --------
+    >>> from repgraph.demo import digits, digits_resnet
+    >>> pruned = drop_layers(digits_resnet(), ["layer1.1", "layer1.2"], digits()[0][:2])
+    >>> [name for name, _ in pruned.model.layer1.named_children()], pruned.plan.renamed
+    (['0', '1', '2'], {'layer1.3': 'layer1.1', 'layer1.4': 'layer1.2'})
+    """
+    model = unwrap(model)
+    plan = names if isinstance(names, Plan) else Plan(layers=_as_names(names))
+    dropped = dropped_calls(model, plan.layers, example)
+    expected = first_tensor(_exchanged(model, dropped, example), "of the model")
+    reasons = []
+    for build in (_taken_out, _replaced):
+        smaller = deepcopy(model)
+        by_id = {id(module): name for name, module in smaller.named_modules()}
+        try:
+            build(smaller, dropped, plan.repairs, by_id)
+            found = first_tensor(run_example(smaller, example), "of the smaller model")
+        except Exception as error:  # what the rest of any model may raise where something is missing
+            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            continue
+        if _agree(found, expected):
+            plan = replace(
+                plan,
+                layers=tuple(dropped),
+                model=type(model).__name__,
+                renamed=_renamed(by_id, smaller),
+            )
+            return Pruned(smaller, plan, model_cost(model, example), model_cost(smaller, example))
+        reasons.append("its output is another one")
+    raise ValueError(
+        f"the model cannot do without {', '.join(map(repr, dropped))}: the rest uses more of what is left out than the "
+        f"result that the identity stands in for ({reasons[-1]}); keep the first such layer of its list, or drop the "
+        "parts inside it that only add to their input"
+    )
+
+
+def predict_cost(model: nn.Module, names: str | Sequence[str] | Plan, example: object) -> Cost:
+    """What the model would cost without some of its layers, from the cost of the whole: nothing is removed.
+
+    Parameters, and errors about names, as in `drop_layers`.
+
+    Returns
+    -------
+    Cost
+        That of the whole minus that of the layers; equal to what `drop_layers` measures afterwards.
+
+    Examples
+    --------
+    >>> from repgraph.demo import digits, digits_resnet
+    >>> model, x = digits_resnet(), digits()[0][:1]
+    >>> predict_cost(model, ["layer3.3"], x) == drop_layers(model, ["layer3.3"], x).after
+    True
+    """
+    model = unwrap(model)
+    dropped = dropped_calls(model, names.layers if isinstance(names, Plan) else _as_names(names), example)
+    table = cost_by_module(model, example)
+    gone = table.loc[[name for name in dropped if name in table.index], ["macs", "activation_bytes"]].sum()
+    inside = {id(p) for name in dropped for p in model.get_submodule(name).parameters()}
+    elsewhere = {
+        id(p)
+        for name, module in model.named_modules()
+        if not any(name == other or name.startswith(f"{other}.") for other in dropped)
+        for p in module.parameters(recurse=False)
+    }
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    return Cost(
+        macs=int(table.loc["", "macs"] - gone["macs"]),
+        parameters=sum(sizes.values()) - sum(sizes[key] for key in inside - elsewhere),
+        activation_bytes=int(table.loc["", "activation_bytes"] - gone["activation_bytes"]),
+    )
+
+
+def load_pruned(model: nn.Module, folder: str | Path, example: object) -> Pruned:
+    """The smaller model that `Pruned.save` wrote, from a fresh model of the original kind with any weights.
+
+    Parameters
+    ----------
+    model
+        The original architecture; untouched.
+    folder
+        With plan.json and weights.safetensors.
+    example
+        As in `drop_layers`.
+
+    Raises
+    ------
+    ValueError
+        As `drop_layers`, or if the weights do not fit what the plan leaves of the model.
+    FileNotFoundError
+        If one of the files is missing.
+    """
+    path = Path(folder)
+    pruned = drop_layers(model, Plan.load(path / "plan.json"), example)
+    try:
+        load_model(pruned.model, str(path / "weights.safetensors"))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path / 'weights.safetensors'} does not fit {type(model).__name__} without the plan's layers: {error}"
+        ) from error
+    return pruned
+
+
+def _as_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    names = [names] if isinstance(names, str) else list(names)
+    if wrong := [name for name in names if not isinstance(name, str) or not name]:
+        raise ValueError(f"names must be names of modules, got {wrong[0]!r}")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"names hold {twice[0]!r} twice")
+    return tuple(names)
+
+
+def dropped_calls(model: nn.Module, names: Sequence[str], example: object) -> dict[str, Call]:
+    """The calls of everything that goes, in order of execution; what cannot go is refused."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules or not name:
+            close = difflib.get_close_matches(name, modules, 4, 0.5) or [key for key in modules if key][:4]
+            raise ValueError(f"names: the model has no module {name!r}; close names are {', '.join(map(repr, close))}")
+        inside = next((other for other in names if name.startswith(f"{other}.")), None)
+        if inside is not None:
+            raise ValueError(f"names: {name!r} is inside {inside!r}, which goes as a whole: name one of them")
+    wanted = [*names]
+    for name in names:
+        wanted += [other for other in _followers(model, name) if other not in wanted]
+    beside = {f"{name.rpartition('.')[0]}.{child}".lstrip(".") for name in wanted for child in _siblings(model, name)}
+    calls = observe(model, example, beside)
+    for name in list(wanted):
+        call = calls.get(name)
+        if call is not None and call.droppable:
+            wanted += [other for other in call.from_modules if other not in wanted and not calls[other].droppable]
+    feeding = {other for name in wanted if name in calls for other in calls[name].from_modules}
+    for name in wanted:
+        if name not in calls:
+            raise ValueError(f"names: {name!r} does not run in a forward pass on the example, or is a list of layers")
+        if not calls[name].droppable and name not in feeding:
+            able = [other for other in calls if calls[other].droppable and other not in wanted]
+            advice = (
+                f"beside it {', '.join(map(repr, able[:6]))} can go" if able else "make it thinner by pruning filters"
+            )
+            raise ValueError(
+                f"{name!r} cannot be left out, because {calls[name].text()}: only a layer whose input and output agree "
+                f"can become the identity; {advice}"
+            )
+    blocks = [name for name in choose(model, "blocks") if not isinstance(modules[name], _WEIGHTED)]
+    if blocks and all(any(name == w or name.startswith(f"{w}.") for w in wanted) for name in blocks):
+        raise ValueError(f"names hold all {len(blocks)} blocks of the model: keep at least one")
+    return {name: call for name, call in calls.items() if name in wanted}
+
+
+def _siblings(model: nn.Module, name: str) -> list[str]:
+    return [child for child, _ in model.get_submodule(name.rpartition(".")[0]).named_children()]
+
+
+def _followers(model: nn.Module, name: str) -> list[str]:
+    """Norm, activation and dropout directly behind a convolution or linear layer of a Sequential."""
+    parent, _, key = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if not isinstance(owner, nn.Sequential) or not isinstance(owner._modules[key], _WEIGHTED):
+        return []
+    found = []
+    for child, module in list(owner.named_children())[list(owner._modules).index(key) + 1 :]:
+        if not isinstance(module, (*_NORMS, *_ACTIVATIONS, nn.modules.dropout._DropoutNd)):
+            break
+        found.append(f"{parent}.{child}" if parent else child)
+    return found
+
+
+def _exchanged(model: nn.Module, dropped: Mapping[str, Call], example: object) -> object:
+    """What the model gives when hooks put the argument that is passed on, or zeros, in the place of each result."""
+    kept: dict[str, Tensor] = {}
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            passed = dropped[name].passed
+            x = args[passed] if isinstance(passed, int) else kwargs[passed]  # type: ignore[index]
+            assert isinstance(x, Tensor)
+            kept[name] = torch.zeros_like(x) if dropped[name].branch else x.clone()  # it may be changed in place
+
+        return hook
+
+    def after(name: str) -> Callable[..., object]:
+        def hook(_: nn.Module, __: object, output: object) -> object:
+            if isinstance(output, Tensor):
+                return kept[name]
+            assert isinstance(output, tuple | list)
+            place = dropped[name].place
+            return type(output)([*output[:place], kept[name], *output[place + 1 :]])
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, call in dropped.items():
+            if call.droppable:
+                module = model.get_submodule(name)
+                stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True, prepend=True).remove)
+                stack.callback(module.register_forward_hook(after(name)).remove)
+        return run_example(model, example)
+
+
+def _taken_out(
+    model: nn.Module, dropped: Mapping[str, Call], repairs: Mapping[str, int], by_id: dict[int, str]
+) -> None:
+    """Take members out of their lists, replace the other modules."""
+    members: dict[str, list[str]] = defaultdict(list)
+    rest = {}
+    for name, call in dropped.items():
+        parent, _, key = name.rpartition(".")
+        listed = isinstance(model.get_submodule(parent), nn.Sequential | nn.ModuleList)
+        if listed and call.droppable and not call.branch and name not in repairs:
+            members[parent].append(key)
+        else:
+            rest[name] = call
+    _replaced(model, rest, repairs, by_id)
+    for parent in sorted(members, key=len, reverse=True):  # inner lists first, under their old names
+        delete(model, parent, members[parent])
+        if isinstance(model.get_submodule(parent), nn.ModuleList):
+            number_attention(model, parent)
+
+
+def _replaced(model: nn.Module, dropped: Mapping[str, Call], repairs: Mapping[str, int], by_id: dict[int, str]) -> None:
+    """Put nn.Identity, Skip or Affine in the place of the modules."""
+    lists = set()
+    for name, call in dropped.items():
+        parent, _, key = name.rpartition(".")
+        numbered = any(hasattr(module, "layer_idx") for module in model.get_submodule(name).modules())
+        plain = call.parts is None and len(call.args) == 1 and not call.kwargs and not call.branch
+        stand_in: nn.Module = nn.Identity()
+        if call.passed is not None and call.result is not None and (name in repairs or not plain):
+            given = call.passed, call.branch, call.parts, call.place, call.result
+            stand_in = Affine(*given, repairs[name]) if name in repairs else Skip(*given)
+        model.get_submodule(parent).register_module(key, stand_in)
+        by_id[id(stand_in)] = name
+        if numbered:
+            lists |= _lists_around(model, name)
+    for container in lists:
+        if mixed_attention(model, container):
+            raise ValueError("its attention layers are of several kinds that go by number: drop whole layers instead")
+        number_attention(model, container)
+
+
+def _lists_around(model: nn.Module, name: str) -> set[str]:
+    """The innermost ModuleList around a module, if there is one."""
+    parts = name.split(".")
+    around = [".".join(parts[:i]) for i in range(1, len(parts))]
+    lists = [container for container in around if isinstance(model.get_submodule(container), nn.ModuleList)]
+    return set(lists[-1:])
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
+
+
+def _renamed(by_id: Mapping[int, str], smaller: nn.Module) -> dict[str, str]:
+    """Old name -> new name of the modules that moved up; what is inside them moved with them."""
+    moves = [(by_id[id(module)], name) for name, module in smaller.named_modules() if id(module) in by_id]
+    found: dict[str, str] = {}
+    for old, new in moves:
+        if new_name(old, found) != new:
+            found[old] = new
+    return found
