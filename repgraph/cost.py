@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 
 from repgraph.activations.batches import example_inputs, model_device, model_dtype, to_device
 from repgraph.activations.container import readable
@@ -251,6 +250,8 @@ def latency(model: nn.Module, example: object, *, seconds: float = 1.0) -> Laten
     inner = checked(model)
     if without_data(inner, example):
         raise ValueError("model and example must hold data to be timed, got tensors on 'meta' or fake ones")
+    from torch.utils.benchmark import Timer  # here, since its import looks for a compiler and says what it lacks
+
     inputs = to_device(example_inputs(example), model_device(inner), model_dtype(inner), copy=True)
     threads = torch.get_num_threads()
     with kept_random_state(), untouched(model), torch.no_grad():

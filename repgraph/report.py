@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from repgraph import plot
 from repgraph.activations import Activations
 from repgraph.graph import knn_graph
+from repgraph.prune import Pruned
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto }
@@ -149,6 +150,45 @@ layer shuffled.</p>
 <h2>Best match of each layer</h2><div class="scroll">{best.to_html(border=0)}</div>{numbers}""",
     )
     return [*files, matches, page]
+
+
+def write_pruned(
+    folder: str | Path, pruned: Pruned, results: pd.DataFrame, *, title: str, text: str = ""
+) -> list[Path]:
+    """Write plan.json, weights.safetensors, results.csv, plan.png and pruning.html into a folder, made if need be.
+
+    Parameters
+    ----------
+    folder
+        Where to write; files of these names are replaced.
+    pruned
+        The smaller model and its plan, which has scores.
+    results
+        One row per stage (before, after, ...), in columns what it costs and how well it does.
+    title, text
+        Heading and first paragraph of the page.
+
+    Returns
+    -------
+    list of Path
+        The files, the page last.
+    """
+    path = Path(folder)
+    files = pruned.save(path)
+    csv, picture, page = (path / name for name in ("results.csv", "plan.png", "pruning.html"))
+    results.to_csv(csv)
+    _save(plot.plan(pruned.plan), picture)
+    _write_page(
+        page,
+        title,
+        f"""<p>{escape(text)}</p>
+<h2>Before and after</h2><div class="scroll">{results.to_html(border=0)}</div>
+<h2>Which layers</h2><img alt="score of every layer, dropped ones in orange" src="{_embedded(picture)}">
+<div class="scroll">{pruned.plan._repr_html_()}</div>
+<p class="note">plan.json and weights.safetensors hold the smaller model: repgraph.prune.load_pruned reads them into a
+fresh model of the original kind.</p>""",
+    )
+    return [*files, csv, picture, page]
 
 
 def _write_page(page: Path, title: str, body: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -92,7 +92,7 @@ def repair(
     pruned: Pruned,
     data: object,
     *,
-    samples: int = 500,
+    samples: int | Sequence[int] | Tensor = 500,
     ridge: float = 1e-3,
     absorb: bool = True,
     channel_axis: int | None = None,
@@ -117,7 +117,7 @@ def repair(
     data
         As in `capture`, not those that the result is judged on. Labels are not used.
     samples
-        How many samples to take: the first ones.
+        How many samples to take, or their positions, as in `capture`.
     ridge
         At least 0.
     absorb
@@ -169,7 +169,7 @@ def repair(
     if not ridge >= 0:
         raise ValueError(f"ridge must be at least 0, got {ridge!r}")
     if isinstance(data, Iterator):
-        data = read_batches(data, samples)[0]
+        data = read_batches(data, samples if isinstance(samples, int) else None)[0]
     example = next(iter(Source(data, batch_size, 2))).inputs
     calls = dropped_calls(model, pruned.plan.layers, example)
     axes = {}
