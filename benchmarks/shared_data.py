@@ -25,7 +25,7 @@ def available() -> bool:
 
 def cifar_network(depth: int, suffix: str = "") -> nn.Module:
     """The trained CIFAR-10 ResNet of depth 20, 32, 44 or 56, in eval mode."""
-    return _definitions().cifar_resnet(SHARED / f"data/models/cifar10_resnet{depth}{suffix}.safetensors", depth)
+    return definitions().cifar_resnet(SHARED / f"data/models/cifar10_resnet{depth}{suffix}.safetensors", depth)
 
 
 def cifar_images(n: int) -> tuple[Tensor, Tensor]:
@@ -33,10 +33,11 @@ def cifar_images(n: int) -> tuple[Tensor, Tensor]:
     with np.load(SHARED / "data/cifar10/test.npz") as file:
         raw, offsets, labels = file["jpeg"].tobytes(), file["offsets"], file["labels"][:n]
     images = [np.asarray(Image.open(io.BytesIO(raw[a:b]))) for a, b in pairwise(offsets[: n + 1])]
-    return _definitions().cifar_input(np.stack(images)), torch.from_numpy(labels)
+    return definitions().cifar_input(np.stack(images)), torch.from_numpy(labels)
 
 
-def _definitions() -> ModuleType:
+def definitions() -> ModuleType:
+    """The module of the shared networks."""
     spec = importlib.util.spec_from_file_location("definitions", SHARED / "data/models/definitions.py")
     assert spec is not None
     assert spec.loader is not None

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from repgraph.graph import Graph, knn_graph
-from repgraph.metrics.block_influence import CHUNK, check_known, pair_of
+from repgraph.metrics.block_influence import CHUNK, block_influence, check_known, pair_of
 
 
 def redundancy(x: Tensor, y: Tensor, z: Tensor | Graph, *, k: int = 5) -> float:
     r"""How much a block's change concerns what the network ends up treating alike; at least 0, low = redundant.
 
-    With r = y - x and the k nearest neighbours of every sample in the last representation z, W_u is the mean of
-    \|u_i - u_j\|^2 over the edges i -> j of that graph, and D_y the mean of \|y_i - y_j\|^2 over all other pairs:
+    With r = y - x and the k nearest neighbours of every sample in the last representation z, W_u is the mean of \|u_i -
+    u_j\|^2 over the edges i -> j of that graph, D_y the mean of \|y_i - y_j\|^2 over all other pairs, and BI the
+    `block_influence`, the mean of 1 - cos(x_i, y_i):
 
-    W_r / sqrt(W_y (D_y - W_y)),
+    sqrt(BI * W_r / sqrt(W_y (D_y - W_y))).
 
-    the geometric mean of W_r / W_y, the change against the spread among neighbours of z, and W_r / (D_y - W_y), the
-    change against what sets them apart from all others at that depth.
+    The second factor is the geometric mean of W_r / W_y, the change against the spread among neighbours of z, and
+    W_r / (D_y - W_y), the change against what sets them apart from all others at that depth.
 
     Parameters
     ----------
@@ -46,8 +47,8 @@ def redundancy(x: Tensor, y: Tensor, z: Tensor | Graph, *, k: int = 5) -> float:
 
     Notes
     -----
-    Invariant to one orthogonal map and one scale of x and y, to translations of either, and to the order of the
-    samples. Nothing of the model runs: one capture gives it for all blocks. Time O(n k d), float64, memory bounded.
+    Invariant to one orthogonal map and one scale of x and y, and to the order of the samples. Nothing of the model
+    runs: one capture gives it for all blocks. Time O(n k d), float64, memory bounded.
 
     References
     ----------
@@ -56,9 +57,9 @@ def redundancy(x: Tensor, y: Tensor, z: Tensor | Graph, *, k: int = 5) -> float:
     Examples
     --------
     >>> z = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
-    >>> x, y = z, z * torch.tensor([1.0, 0.5])  # W_r = 0.01, W_y = 0.01, D_y = 4.005
+    >>> x, y = z, z * torch.tensor([1.0, 0.5])  # W_r = 0.01, W_y = 0.01, D_y = 4.005, BI = 0.001235
     >>> redundancy(y, y, z, k=1), round(redundancy(x, y, z, k=1), 6)
-    (0.0, 0.050031)
+    (0.0, 0.007862)
     """
     x, y = pair_of(x, y)
     graph = z if isinstance(z, Graph) else knn_graph(z, k, symmetrize="none")
@@ -75,7 +76,7 @@ def redundancy(x: Tensor, y: Tensor, z: Tensor | Graph, *, k: int = 5) -> float:
             "neighbours of z must differ at y and be nearer to each other than other pairs, got mean squared distances "
             f"{near:.3g} and {far:.3g}"
         )
-    return moved / math.sqrt(near * (far - near))
+    return math.sqrt(block_influence(x, y) * moved / math.sqrt(near * (far - near)))
 
 
 def _redundancy(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
