@@ -84,7 +84,7 @@ def oracle(task: tasks.Task, layers: Sequence[str]) -> dict[str, object]:
         "rise": dict(zip(layers, found.mean(1).tolist(), strict=True)),
         "reliability": reliability(found),
         "whole": float(whole.mean()),
-        "accuracy": task.accuracy(task.model),
+        "accuracy": task.judge(task.model)["accuracy"],
     }
 
 
@@ -131,8 +131,7 @@ def measured_cut(task: tasks.Task, plan: Plan) -> dict[str, Any]:
     mended = repair(task.model, cut, task.data, samples=min(500, task.samples), progress=False)
     return {
         state: {
-            "accuracy": task.accuracy(pruned.model),
-            "cross_entropy": float(task.losses(pruned.model).mean()),
+            **task.judge(pruned.model),
             "macs": pruned.after.macs / pruned.before.macs,
         }
         for state, pruned in (("dropped", cut), ("repaired", mended))
@@ -145,7 +144,7 @@ def tuned(task: tasks.Task, plan: Plan, seed: int) -> dict[str, float]:
     mended = repair(task.model, cut, task.data, samples=min(500, task.samples), progress=False)
     assert task.images is not None
     model = tasks.fine_tuned(mended.model, task.images, seed)
-    return {"accuracy": task.accuracy(model), "cross_entropy": float(task.losses(model).mean())}
+    return task.judge(model)
 
 
 def chosen(table: pd.DataFrame, by: str, m: int) -> Plan:
@@ -184,7 +183,7 @@ def run(name: str, kept: Kept, parts: Sequence[str]) -> None:
     layers = list(found["redundancy"])
     true = kept.get(f"{name} oracle", lambda: oracle(get(), layers))
     kept.get(f"{name} size", lambda: {"samples": get().samples, "judged": get().judged})
-    if "scores" in parts and not name.endswith("-test"):
+    if "scores" in parts and name in (*HELD_OUT, "resnet20-jpeg", "resnet56-jpeg"):
         kept.get(f"{name} oracle repaired", lambda: oracle_repaired(get(), layers))
     table = pd.DataFrame(found).loc[layers].assign(oracle=pd.Series(true["rise"]))
     choices = [*BY, *(f"random {seed}" for seed in RANDOM_SEEDS)]

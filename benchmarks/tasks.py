@@ -45,14 +45,22 @@ class Task:
     """How many of them."""
     judged: int
     """Samples (tokens of the language model) that judge; scores and repairs have not seen them."""
-    losses: Callable[[nn.Module], Tensor]
-    """Cross-entropy of each of these, (judged,)."""
-    accuracy: Callable[[nn.Module], float]
-    """Share of these that the network gets right."""
+    outputs: Callable[[nn.Module], tuple[Tensor, Tensor]]
+    """A model's class scores for these, (judged, C), and the right classes."""
     example: object
     layers: str = "blocks"
     images: tuple[Tensor, Tensor] | None = None
     """Training images (uint8) and labels for a fine-tune."""
+
+    def losses(self, model: nn.Module) -> Tensor:
+        """Cross-entropy of each judged sample."""
+        return F.cross_entropy(*self.outputs(model), reduction="none")
+
+    def judge(self, model: nn.Module) -> dict[str, float]:
+        """Accuracy and mean cross-entropy."""
+        scores, targets = self.outputs(model)
+        right = float((scores.argmax(1) == targets).double().mean())
+        return {"accuracy": right, "cross_entropy": float(F.cross_entropy(scores, targets))}
 
 
 def task(name: str) -> Task:
@@ -97,8 +105,8 @@ def _images(
     x, y = judged
 
     @torch.no_grad()
-    def outputs(model: nn.Module) -> Tensor:
-        return torch.cat([model(part) for part in x.split(250)])
+    def outputs(model: nn.Module) -> tuple[Tensor, Tensor]:
+        return torch.cat([model(part) for part in x.split(250)]), y
 
     return Task(
         name=name,
@@ -106,8 +114,7 @@ def _images(
         data=seen,
         samples=samples,
         judged=len(x),
-        losses=lambda model: F.cross_entropy(outputs(model), y, reduction="none"),
-        accuracy=lambda model: float((outputs(model).argmax(1) == y).double().mean()),
+        outputs=outputs,
         example=x[:2],
         images=held,
     )
@@ -170,8 +177,7 @@ def _llama(name: str, layers: str) -> Task:
         data=_sampled(net, 96, 128, seed=0),
         samples=96,
         judged=count,
-        losses=lambda model: F.cross_entropy(*outputs(model), reduction="none"),
-        accuracy=lambda model: float((outputs(model)[0].argmax(1) == outputs(model)[1]).double().mean()),
+        outputs=outputs,
         example=judged[-1][:2, :16],
         layers=layers,
     )
@@ -242,8 +248,8 @@ def _encoder(name: str, layers: str) -> Task:
     targets, parts = targets[order], [_trimmed(test, rows) for rows in order.split(240)]
 
     @torch.no_grad()
-    def outputs(model: nn.Module) -> Tensor:
-        return torch.cat([model(**part) for part in parts])
+    def outputs(model: nn.Module) -> tuple[Tensor, Tensor]:
+        return torch.cat([model(**part) for part in parts]), targets
 
     return Task(
         name=name,
@@ -251,8 +257,7 @@ def _encoder(name: str, layers: str) -> Task:
         data={**{key: value[5000:] for key, value in train.items()}, "labels": classes[5000:]},
         samples=1000,
         judged=len(targets),
-        losses=lambda model: F.cross_entropy(outputs(model), targets, reduction="none"),
-        accuracy=lambda model: float((outputs(model).argmax(1) == targets).double().mean()),
+        outputs=outputs,
         example={key: value[:2] for key, value in train.items()},
         layers=layers,
     )
