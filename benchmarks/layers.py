@@ -186,7 +186,7 @@ def run(name: str, kept: Kept, parts: Sequence[str]) -> None:
     if "scores" in parts and name in (*HELD_OUT, "resnet20-jpeg", "resnet56-jpeg"):
         kept.get(f"{name} oracle repaired", lambda: oracle_repaired(get(), layers))
     table = pd.DataFrame(found).loc[layers].assign(oracle=pd.Series(true["rise"]))
-    choices = [*BY, *(f"random {seed}" for seed in RANDOM_SEEDS)]
+    choices = [by for by in (*BY, *(f"random {seed}" for seed in RANDOM_SEEDS)) if by in table]  # without labels fewer
     if "cuts" in parts:
         for m in DROPPED.get(name, ()):
             for by in choices:
@@ -260,7 +260,7 @@ def cuts(kept: Kept, name: str) -> list[str]:
         "| by | " + " | ".join(f"m = {m} {state}" for m, state in columns) + " |",
         "|---|" + "---:|" * len(columns),
     ]
-    for by in (*BY, "random"):
+    for by in (*(by for by in BY if by in own), "random"):
         cells = []
         for m, state in columns:
             values = []
