@@ -38,7 +38,7 @@ DROPPED = {
     "resnet20-jpeg": (1, 2, 4),
     "resnet56-jpeg": (2, 4, 8),
     "llama-halves": (1, 2, 4),
-    "encoder-halves": (1, 2, 4),
+    "encoder-halves": (2, 4),
 }
 TUNED = {"resnet20-jpeg": (2, 4), "resnet56-jpeg": (2, 4, 8)}
 BEST = ("redundancy", "block_influence")  # fine-tuned beside random

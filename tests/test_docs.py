@@ -21,6 +21,10 @@ def test_page_of_invariances_is_current(generate):
     assert (DOCS / "invariances.md").read_text(encoding="utf-8") == generate.invariances()
 
 
+def test_page_of_architectures_is_current(generate):
+    assert (DOCS / "architectures.md").read_text(encoding="utf-8") == generate.architectures()
+
+
 def test_page_of_parity_is_current():
     """Same rows in the same order, same values; the last digits may differ between machines."""
     lines = (DOCS / "parity.md").read_text(encoding="utf-8").splitlines()

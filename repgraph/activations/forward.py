@@ -84,7 +84,7 @@ def run(
                     if forward is not None:
                         forward(model, to_device(batch.raw, device, copy=True))
                     else:
-                        _call(model, to_device(batch.inputs, device, dtype, copy=True))
+                        call_model(model, to_device(batch.inputs, device, dtype, copy=True))
             except Exception as error:
                 error.add_note(
                     f"repgraph: batch {number} of shape {_shapes(batch.inputs)}; last layer to run: {last or 'none'}"
@@ -152,10 +152,10 @@ def run_example(model: nn.Module, example: object, within: AbstractContextManage
     """
     inputs = to_device(example_inputs(example), model_device(model), model_dtype(model), copy=True)
     with untouched(model), torch.no_grad(), within or nullcontext():
-        return _call(model, inputs)
+        return call_model(model, inputs)
 
 
-def _call(model: nn.Module, inputs: object) -> object:
+def call_model(model: nn.Module, inputs: object) -> object:
     """A dict goes to the model by keyword."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from repgraph.activations.forward import run_example
-from repgraph.activations.layers import INPUTS
+from repgraph.activations.layers import INPUTS, call_key
 
+_USUAL = ("hidden_states", "hidden_state", "x", "input", "inputs", "src", "tgt", "query")
+_MORE = "/more"  # behind the name of a module, for the tensors of its tuple behind the first
 _ADD = ("add", "add_")
 _SCALE = ("mul", "mul_", "roll")
 AVERAGE = ("mean", "_adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
@@ -45,6 +47,14 @@ class Call:
     """What `capture` calls the tensor that takes the place of the result; None if no module gives or takes it."""
     after: str | None = None
     """What `capture` calls the result: of a branch, the sum."""
+    also: dict[int, int | str] = field(default_factory=dict)
+    """Other places of the tuple in which an argument is handed on as it came."""
+    more: bool = False
+    """Whether the rest of the model uses other tensors of the tuple that it gives."""
+    ambiguous: tuple[str, ...] = ()
+    """Keywords of several arguments that agree with the result, none of which is usual for what goes through."""
+    grown: bool = False
+    """Whether something is added to its result in place."""
     from_modules: list[str] = field(default_factory=list)
     """Modules that made the other tensor arguments."""
     uses: list[str] = field(default_factory=list)
@@ -53,6 +63,8 @@ class Call:
     """Those that it was seen through."""
     taken_by: list[str] = field(default_factory=list)
     """The watched modules that took its result as their first argument, seen through the same."""
+    used_in: set[str] = field(default_factory=set)
+    """The innermost watched modules in which the operations on its result ran; "" outside of all."""
 
     parts: int | None = None
     """Length of the tuple that it gives; None for a tensor."""
@@ -62,10 +74,14 @@ class Call:
     @property
     def droppable(self) -> bool:
         """Whether the result can be replaced: by an argument that agrees with it, or by adding nothing."""
-        return self.passed is not None
+        return self.passed is not None and not self.more
 
     def text(self) -> str:
-        """What comes in and goes out, as shapes."""
+        """Why it cannot be left out: what comes in and goes out, as shapes."""
+        if self.more and self.passed is not None:
+            return "the rest of the model uses more of what it gives than its first tensor"
+        if self.ambiguous:
+            return f"its arguments {' and '.join(self.ambiguous)} both have the shape of what it gives"
         comes = " and ".join(str(tuple(value.shape)) for _, value in self.given) or "no tensor"
         return f"it turns {comes} into {'no tensor' if self.result is None else tuple(self.result.shape)}"
 
@@ -85,6 +101,18 @@ def observe(model: nn.Module, example: object, names: Iterable[str]) -> dict[str
                 stack.callback(leave.remove)
         run_example(model, example, within=watch)
     return watch.finished()
+
+
+def _choose_argument(call: Call, result: Tensor) -> None:
+    """Which argument passes through: the first by position that agrees with the result, else by usual keyword."""
+    agree = {key: v for key, v in call.given if v.shape == result.shape and v.dtype == result.dtype}
+    by_place = [key for key in agree if isinstance(key, int)]
+    by_name = [key for key in _USUAL if key in agree]
+    different = {id(value) for value in agree.values()}
+    if by_place or by_name or len(different) == 1:
+        call.passed = [*by_place, *by_name, *agree][0]
+    elif agree:
+        call.ambiguous = tuple(map(str, agree))
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -108,14 +136,19 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sums: dict[str, tuple[Tensor, int, Tensor, int]] = {}
         """Module -> what its result was added to, and the sum."""
         self.readers: dict[str, list[str]] = defaultdict(list)
+        self.running: list[str] = [""]
+        self.used_in: dict[str, set[str]] = defaultdict(set)
+        self.grown: set[str] = set()
+        self.counts: Counter[str] = Counter()
         self.arguments: dict[str, list[tuple[int | str, Tensor, int]]] = {}
 
     def enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             given = [(k, v, v._version) for k, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)]
             if given:
-                self._place(given[0][1], INPUTS + name)
+                self._place(given[0][1], call_key(INPUTS + name, self.counts))
             if name in self.names:
+                self.running.append(name)
                 self.arguments[name] = given  # type: ignore[assignment]
                 for maker in self.marks.get(given[0][1], ()) if given else ():
                     self.readers[maker].append(name)
@@ -129,9 +162,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             first = several[place] if several else None
             result = first if isinstance(first, Tensor) else None
             if result is not None:
-                self._place(result, name)
+                self._place(result, call_key(name, self.counts))
             if name not in self.names:
                 return
+            self.running.pop()
             if name in self.calls:
                 self.calls[name].count += 1
                 return
@@ -140,13 +174,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(output, tuple | list):
                 call.parts, call.place = len(output), place
             call.leaf = next(module.children(), None) is None
-            for key, value, _ in given:
-                if result is not None and value.shape == result.shape and value.dtype == result.dtype:
-                    call.passed = key
-                    break
-            self.calls[name] = call
             if result is not None:
+                _choose_argument(call, result)
                 self.marks.setdefault(result, set()).add(name)
+                for i, value in enumerate(several[place + 1 :], place + 1):
+                    key = next((key for key, argument, _ in given if argument is value), None)
+                    if key is not None:
+                        call.also[i] = key
+                    elif isinstance(value, Tensor):
+                        self.marks.setdefault(value, set()).add(name + _MORE)
+            self.calls[name] = call
 
         return hook
 
@@ -167,6 +204,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         others = [(other, version) for other, version in zip(tensors, versions, strict=True) if other is not tensor]
         if operation in _ADD and len(others) == 1 and others[0][0].shape == tensor.shape:
             self.uses[name].append("add")
+            self.used_in[name].add(self.running[-1])
+            if operation == "add_" and out is tensor:
+                self.grown.add(name)
             in_place = operation.endswith("_")
             self.sums[name] = (*others[0], out, out._version + in_place)
             if in_place:
@@ -176,6 +216,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.followed[name].add(operation)
         else:
             self.uses[name].append(operation or "other")
+            self.used_in[name].add(self.running[-1])
 
     def _place(self, tensor: Tensor, key: str) -> None:
         self.places.setdefault(tensor, []).append((tensor._version, key))
@@ -192,7 +233,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if call.result is None:
                 continue
             call.taken_by = self.readers[name]
-            call.uses, call.followed = self.uses[name], self.followed[name]
+            call.uses, call.followed, call.used_in = self.uses[name], self.followed[name], self.used_in[name]
+            call.more, call.grown = bool(self.uses[name + _MORE]), name in self.grown
             call.branch = call.passed is not None and not call.leaf and set(call.uses) == {"add"}
             if call.branch:
                 other, at, total, then = self.sums[name]

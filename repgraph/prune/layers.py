@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from repgraph.activations.forward import first_tensor, run_example
+from repgraph.activations.batches import example_inputs
+from repgraph.activations.forward import run_example
 from repgraph.activations.layers import Select, choose, unwrap
 from repgraph.cost import Cost, cost_by_module, model_cost
+from repgraph.operations import checked
+from repgraph.prune.agreement import agree
 from repgraph.prune.calls import Call, observe
-from repgraph.prune.numbering import delete, mixed_attention, number_attention
+from repgraph.prune.numbering import check_config, delete, mixed_attention, number_attention, numbered
 from repgraph.prune.plan import Plan
 from repgraph.prune.pruned import Pruned, new_name
 from repgraph.prune.stand_ins import Affine, Skip
@@ -29,7 +34,8 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _ACTIVATIONS = tuple(
     kind
     for name, kind in vars(nn.modules.activation).items()
-    if isinstance(kind, type) and issubclass(kind, nn.Module) and name in nn.modules.activation.__all__
+    if name in nn.modules.activation.__all__
+    and name not in ("Softmax", "LogSoftmax", "Softmin", "Softmax2d", "GLU", "MultiheadAttention")
 )
 
 
@@ -55,21 +61,28 @@ def droppable_layers(model: nn.Module, example: object, layers: Select | Literal
     >>> droppable_layers(digits_resnet(), digits())[:6]
     ['layer1.0', 'layer1.1', 'layer1.2', 'layer1.3', 'layer1.4', 'layer2.1']
     """
-    model = unwrap(model)
-    chosen = list(choose(model, "blocks" if layers == "halves" else layers))
+    model = checked(model)
     if layers != "halves":
-        calls = observe(model, example, chosen)
-        return [name for name, call in calls.items() if call.droppable]
-    parts = {
-        f"{block}.{child}": block
-        for block in chosen
-        for child, module in model.get_submodule(block).named_children()
-        if next(module.children(), None) is not None
-    }
-    calls = observe(model, example, parts)
-    found = [name for name, call in calls.items() if call.droppable]
-    several = [name for name in found if sum(parts[name] == parts[other] for other in found) > 1]
-    return several
+        return [name for name, call in observe(model, example, choose(model, layers)).items() if call.droppable]
+    blocks = list(choose(model, "blocks"))
+    inside = {part: block for block in blocks for part in _parts(model, block)}
+    calls = observe(model, example, [*blocks, *inside])
+    found = []
+    for name in calls:
+        if name not in inside or not calls[name].droppable:
+            continue
+        block = calls.get(inside[name])
+        whole = block is not None and (calls[name].before, calls[name].after) == (block.before, block.after)
+        mixed = any(mixed_attention(model, container) for container in _lists_around(model, name))
+        if not whole and not (mixed and numbered(model, name)):
+            found.append(name)
+    return found
+
+
+def _parts(model: nn.Module, block: str) -> list[str]:
+    """Modules with parts of their own directly inside a block."""
+    children = model.get_submodule(block).named_children()
+    return [f"{block}.{name}" for name, module in children if next(module.children(), None) is not None]
 
 
 def drop_layers(model: nn.Module, names: str | Sequence[str] | Plan, example: object) -> Pruned:
@@ -109,8 +122,11 @@ def drop_layers(model: nn.Module, names: str | Sequence[str] | Plan, example: ob
 
     Notes
     -----
-    The check: on the example, in eval mode, the first tensor that the smaller model gives is compared with that of the
-    model itself whose layers' results are exchanged by hooks, to a relative 1e-5.
+    The check: on the example, in eval mode, every tensor that the smaller model gives is compared with that of the
+    model itself whose layers' results are exchanged by hooks, to a relative 1e-5; not compared are lists with an entry
+    for each layer, and caches. Where a layer behaves by its own number (every second block of Swin shifts its windows,
+    GPT-2 with scale_attn_by_inverse_layer_idx) the copy is right, but a model rebuilt from its config is not; there,
+    and wherever a config cannot tell what is left (warned), save it with `Pruned.save`.
 
     Examples
     --------
@@ -120,26 +136,28 @@ def drop_layers(model: nn.Module, names: str | Sequence[str] | Plan, example: ob
     (['0', '1', '2'], {'layer1.3': 'layer1.1', 'layer1.4': 'layer1.2'})
     """
     model = unwrap(model)
-    plan = names if isinstance(names, Plan) else Plan(layers=_as_names(names))
+    plan = names if isinstance(names, Plan) else Plan(layers=as_names(names))
     dropped = dropped_calls(model, plan.layers, example)
-    expected = first_tensor(_exchanged(model, dropped, example), "of the model")
+    expected = _exchanged(model, dropped, example)
     reasons = []
     for build in (_taken_out, _replaced):
         smaller = deepcopy(model)
         by_id = {id(module): name for name, module in smaller.named_modules()}
         try:
             build(smaller, dropped, plan.repairs, by_id)
-            found = first_tensor(run_example(smaller, example), "of the smaller model")
+            found = run_example(smaller, example)
         except Exception as error:  # what the rest of any model may raise where something is missing
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
-        if _agree(found, expected):
+        if agree(found, expected):
             plan = replace(
                 plan,
                 layers=tuple(dropped),
                 model=type(model).__name__,
                 renamed=_renamed(by_id, smaller),
             )
+            if not plan.repairs and any(_in_list(model, name) for name in dropped):
+                check_config(smaller)
             return Pruned(smaller, plan, model_cost(model, example), model_cost(smaller, example))
         reasons.append("its output is another one")
     raise ValueError(
@@ -167,7 +185,9 @@ def predict_cost(model: nn.Module, names: str | Sequence[str] | Plan, example: o
     True
     """
     model = unwrap(model)
-    dropped = dropped_calls(model, names.layers if isinstance(names, Plan) else _as_names(names), example)
+    if isinstance(names, Plan) and names.repairs:
+        raise ValueError("names is a plan with repairs, whose maps cannot be foretold: apply it and read its cost")
+    dropped = dropped_calls(model, names.layers if isinstance(names, Plan) else as_names(names), example)
     table = cost_by_module(model, example)
     gone = table.loc[[name for name in dropped if name in table.index], ["macs", "activation_bytes"]].sum()
     inside = {id(p) for name in dropped for p in model.get_submodule(name).parameters()}
@@ -178,10 +198,15 @@ def predict_cost(model: nn.Module, names: str | Sequence[str] | Plan, example: o
         for p in module.parameters(recurse=False)
     }
     sizes = {id(p): p.numel() for p in model.parameters()}
+    zeros = sum(
+        call.result.numel() * call.result.element_size()
+        for call in dropped.values()
+        if call.branch and call.grown and call.result is not None
+    )
     return Cost(
         macs=int(table.loc["", "macs"] - gone["macs"]),
         parameters=sum(sizes.values()) - sum(sizes[key] for key in inside - elsewhere),
-        activation_bytes=int(table.loc["", "activation_bytes"] - gone["activation_bytes"]),
+        activation_bytes=int(table.loc["", "activation_bytes"] - gone["activation_bytes"]) + zeros,
     )
 
 
@@ -208,14 +233,17 @@ def load_pruned(model: nn.Module, folder: str | Path, example: object) -> Pruned
     pruned = drop_layers(model, Plan.load(path / "plan.json"), example)
     try:
         load_model(pruned.model, str(path / "weights.safetensors"))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{path / 'weights.safetensors'} does not fit {type(model).__name__} without the plan's layers: {error}"
         ) from error
     return pruned
 
 
-def _as_names(names: str | Sequence[str]) -> tuple[str, ...]:
+def as_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of layers as given: distinct, none empty; one name alone counts as one."""
+    if not isinstance(names, str | Iterable):
+        raise ValueError(f"names must be names of modules, got {names!r}")
     names = [names] if isinstance(names, str) else list(names)
     if wrong := [name for name in names if not isinstance(name, str) or not name]:
         raise ValueError(f"names must be names of modules, got {wrong[0]!r}")
@@ -226,7 +254,12 @@ def _as_names(names: str | Sequence[str]) -> tuple[str, ...]:
 
 def dropped_calls(model: nn.Module, names: Sequence[str], example: object) -> dict[str, Call]:
     """The calls of everything that goes, in order of execution; what cannot go is refused."""
-    modules = dict(model.named_modules())
+    checked(model)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model cannot run: it has parameters on the meta device")
+    if sum(1 for value in tree_leaves(example_inputs(example)) if isinstance(value, Tensor) and not value.numel()):
+        raise ValueError("example must hold at least one sample, got an empty tensor")
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         if name not in modules or not name:
             close = difflib.get_close_matches(name, modules, 4, 0.5) or [key for key in modules if key][:4]
@@ -234,6 +267,9 @@ def dropped_calls(model: nn.Module, names: Sequence[str], example: object) -> di
         inside = next((other for other in names if name.startswith(f"{other}.")), None)
         if inside is not None:
             raise ValueError(f"names: {name!r} is inside {inside!r}, which goes as a whole: name one of them")
+        shared = [other for other, module in modules.items() if module is modules[name] and other != name]
+        if shared:
+            raise ValueError(f"names: {name!r} is also {shared[0]!r}, the same module in two places, and stays")
     wanted = [*names]
     for name in names:
         wanted += [other for other in _followers(model, name) if other not in wanted]
@@ -249,6 +285,7 @@ def dropped_calls(model: nn.Module, names: Sequence[str], example: object) -> di
             raise ValueError(f"names: {name!r} does not run in a forward pass on the example, or is a list of layers")
         if not calls[name].droppable and name not in feeding:
             able = [other for other in calls if calls[other].droppable and other not in wanted]
+            able = [other for other in able if type(modules[other]) is type(modules[name])]
             advice = (
                 f"beside it {', '.join(map(repr, able[:6]))} can go" if able else "make it thinner by pruning filters"
             )
@@ -256,8 +293,9 @@ def dropped_calls(model: nn.Module, names: Sequence[str], example: object) -> di
                 f"{name!r} cannot be left out, because {calls[name].text()}: only a layer whose input and output agree "
                 f"can become the identity; {advice}"
             )
-    blocks = [name for name in choose(model, "blocks") if not isinstance(modules[name], _WEIGHTED)]
-    if blocks and all(any(name == w or name.startswith(f"{w}.") for w in wanted) for name in blocks):
+    blocks = [*choose(model, "blocks")]
+    blocks = [name for name in blocks if not isinstance(modules[name], _WEIGHTED)] or blocks
+    if wanted and all(any(name == w or name.startswith(f"{w}.") for w in wanted) for name in blocks):
         raise ValueError(f"names hold all {len(blocks)} blocks of the model: keep at least one")
     return {name: call for name, call in calls.items() if name in wanted}
 
@@ -284,12 +322,14 @@ def _exchanged(model: nn.Module, dropped: Mapping[str, Call], example: object) -
     """What the model gives when hooks put the argument that is passed on, or zeros, in the place of each result."""
     kept: dict[str, Tensor] = {}
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def before(name: str) -> Callable[..., object]:
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             passed = dropped[name].passed
             x = args[passed] if isinstance(passed, int) else kwargs[passed]  # type: ignore[index]
             assert isinstance(x, Tensor)
-            kept[name] = torch.zeros_like(x) if dropped[name].branch else x.clone()  # it may be changed in place
+            kept[name] = torch.zeros_like(x) if dropped[name].branch else x
+            copy = x.clone()  # which the layer may change in place
+            return tuple(copy if v is x else v for v in args), {k: copy if v is x else v for k, v in kwargs.items()}
 
         return hook
 
@@ -299,7 +339,9 @@ def _exchanged(model: nn.Module, dropped: Mapping[str, Call], example: object) -
                 return kept[name]
             assert isinstance(output, tuple | list)
             place = dropped[name].place
-            return type(output)([*output[:place], kept[name], *output[place + 1 :]])
+            values = [*output[:place], kept[name], *output[place + 1 :]]
+            make: Callable[[list[object]], object] = getattr(type(output), "_make", type(output))
+            return make(values)
 
         return hook
 
@@ -320,8 +362,7 @@ def _taken_out(
     rest = {}
     for name, call in dropped.items():
         parent, _, key = name.rpartition(".")
-        listed = isinstance(model.get_submodule(parent), nn.Sequential | nn.ModuleList)
-        if listed and call.droppable and not call.branch and name not in repairs:
+        if _in_list(model, name) and call.droppable and not call.branch and name not in repairs:
             members[parent].append(key)
         else:
             rest[name] = call
@@ -337,20 +378,26 @@ def _replaced(model: nn.Module, dropped: Mapping[str, Call], repairs: Mapping[st
     lists = set()
     for name, call in dropped.items():
         parent, _, key = name.rpartition(".")
-        numbered = any(hasattr(module, "layer_idx") for module in model.get_submodule(name).modules())
+        lists |= _lists_around(model, name) if numbered(model, name) else set()
         plain = call.parts is None and len(call.args) == 1 and not call.kwargs and not call.branch
         stand_in: nn.Module = nn.Identity()
         if call.passed is not None and call.result is not None and (name in repairs or not plain):
             given = call.passed, call.branch, call.parts, call.place, call.result
-            stand_in = Affine(*given, repairs[name]) if name in repairs else Skip(*given)
+            if name in repairs:
+                stand_in = Affine(*given, repairs[name], also=call.also)
+            else:
+                stand_in = Skip(*given, own=call.grown, also=call.also)
+        stand_in.train(model.get_submodule(name).training)
         model.get_submodule(parent).register_module(key, stand_in)
         by_id[id(stand_in)] = name
-        if numbered:
-            lists |= _lists_around(model, name)
     for container in lists:
         if mixed_attention(model, container):
             raise ValueError("its attention layers are of several kinds that go by number: drop whole layers instead")
         number_attention(model, container)
+
+
+def _in_list(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Sequential | nn.ModuleList)
 
 
 def _lists_around(model: nn.Module, name: str) -> set[str]:
@@ -359,12 +406,6 @@ def _lists_around(model: nn.Module, name: str) -> set[str]:
     around = [".".join(parts[:i]) for i in range(1, len(parts))]
     lists = [container for container in around if isinstance(model.get_submodule(container), nn.ModuleList)]
     return set(lists[-1:])
-
-
-def _agree(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    return torch.allclose(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
 
 
 def _renamed(by_id: Mapping[int, str], smaller: nn.Module) -> dict[str, str]:

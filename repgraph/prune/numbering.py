@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable
+from copy import deepcopy
 
+import torch
 from torch import nn
 
 _PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
+_NUMBERS = ("mlp_only_layers",)  # lists of the layers' numbers
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers")
 _DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
 
@@ -23,8 +27,7 @@ def delete(model: nn.Module, container: str, keys: Collection[str]) -> None:
     names = _numbered(before)[: len(kept)] if _numbered(before) == before else [key for key, _ in kept]
     owner._modules.clear()
     owner._modules.update({name: module for name, (_, module) in zip(names, kept, strict=True)})
-    if isinstance(owner, nn.ModuleList):
-        _count(model, container, before, [key for key, _ in kept])
+    _count(model, container, before, [key for key, _ in kept])
 
 
 def number_attention(model: nn.Module, container: str) -> None:
@@ -40,9 +43,39 @@ def number_attention(model: nn.Module, container: str) -> None:
         module.layer_idx = places[int(module.layer_idx)]  # type: ignore[arg-type, assignment]
 
 
+def numbered(model: nn.Module, name: str) -> bool:
+    """Whether a module, or one inside it, knows its number in a list of layers."""
+    return any(hasattr(module, "layer_idx") for module in model.get_submodule(name).modules())
+
+
 def mixed_attention(model: nn.Module, container: str) -> bool:
     """Whether a config says that the list's layers have attention of several kinds, which their numbers tell apart."""
     return any(len(set(getattr(config, "layer_types", None) or [])) > 1 for config in _configs(model, container))
+
+
+def check_config(model: nn.Module) -> None:
+    """Warn where a Hugging Face model's config does not describe its layers any more.
+
+    Warns
+    -----
+    UserWarning
+        If a model made from the config has other parameters, so that save_pretrained would write a broken one.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "save_pretrained"):
+        return
+    try:
+        with torch.device("meta"):
+            fresh = type(model)(deepcopy(config))
+    except Exception:  # what a config that is wrong may raise in any architecture
+        fresh = None
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if fresh is None or own != {key: tuple(value.shape) for key, value in fresh.state_dict().items()}:
+        warnings.warn(
+            f"the config of {type(model).__name__} cannot describe what is left of its layers: save it with "
+            "Pruned.save and load_pruned, not with save_pretrained",
+            stacklevel=4,
+        )
 
 
 def _numbered(keys: list[str]) -> list[str]:
@@ -76,6 +109,9 @@ def _count(model: nn.Module, container: str, before: list[str], kept: list[str])
             values = getattr(config, name, None)
             if isinstance(values, list | tuple) and len(values) == len(before):
                 setattr(config, name, [value for key, value in zip(before, values, strict=True) if key in kept])
+        for name in _NUMBERS:
+            if isinstance(values := getattr(config, name, None), list):
+                setattr(config, name, [kept.index(before[i]) for i in values if before[i] in kept])
         for name in names:
             if getattr(config, name, None) == len(before):
                 setattr(config, name, len(kept))

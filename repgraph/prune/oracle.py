@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from numbers import Integral
 
 import pandas as pd
 from torch import nn
 from tqdm import tqdm
 
 from repgraph.activations import capture
-from repgraph.activations.batches import Source
+from repgraph.activations.batches import Source, read_batches
 from repgraph.activations.layers import INPUTS, unwrap
 from repgraph.activations.reduce import Reduce
 from repgraph.metrics.similarity import linear_cka
 from repgraph.prune.calls import observe
-from repgraph.prune.layers import drop_layers
+from repgraph.prune.layers import as_names, drop_layers
 from repgraph.prune.plan import Plan
 from repgraph.prune.pruned import new_name
 
@@ -69,7 +70,7 @@ def drop_and_evaluate(
     model = _in_eval(model)
     whole = _evaluated(evaluate, model, "the whole model")
     rises = {}
-    for name in tqdm(names, desc="oracle", unit="layer", disable=not progress, delay=1, leave=False):
+    for name in tqdm(as_names(names), desc="oracle", unit="layer", disable=not progress, delay=1, leave=False):
         without = drop_layers(model, [name], example).model
         rises[name] = _evaluated(evaluate, without, f"the model without {name!r}") - whole
     found = pd.Series(rises, name="drop_and_evaluate", dtype=float).rename_axis("layer")
@@ -104,8 +105,9 @@ def drop_greedily(
         As `drop_and_evaluate`; if count is out of range.
     """
     model = _in_eval(model)
-    if not 1 <= count <= len(names):
-        raise ValueError(f"count must be from 1 to the {len(names)} names, got {count!r}")
+    names = as_names(names)
+    if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count <= len(names):
+        raise ValueError(f"count must be an integer from 1 to the {len(names)} names, got {count!r}")
     whole = _evaluated(evaluate, model, "the whole model")
     gone: list[str] = []
     scores: dict[str, float] = {}
@@ -178,6 +180,8 @@ def result_change(
     'layer1.0'
     """
     model = unwrap(model)
+    if isinstance(data, Iterator):
+        data = read_batches(data, samples)[0]
     example = next(iter(Source(data, batch_size, 2))).inputs
     if at is None:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -188,7 +192,7 @@ def result_change(
     take = partial(capture, data=data, samples=samples, reduce=reduce, batch_size=batch_size, progress=False)
     whole = take(model, layers=at)[at]
     changes = {}
-    for name in tqdm(names, desc="result", unit="layer", disable=not progress, delay=1, leave=False):
+    for name in tqdm(as_names(names), desc="result", unit="layer", disable=not progress, delay=1, leave=False):
         pruned = drop_layers(model, [name], example)
         prefix = INPUTS if at.startswith(INPUTS) else ""
         where = prefix + new_name(at.removeprefix(INPUTS), pruned.plan.renamed)

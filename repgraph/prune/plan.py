@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from pathlib import Path
@@ -53,12 +53,14 @@ class Plan:
     """Those of the layers in whose place a linear map stands, fitted by `repair`, and the channel axis of each."""
 
     def __post_init__(self) -> None:
-        names = self.layers
-        if isinstance(names, str) or not all(isinstance(item, str) and item for item in names):
+        if isinstance(self.layers, str) or not isinstance(self.layers, Iterable):
+            raise ValueError(f"layers must be names of layers, got {self.layers!r}")
+        names = tuple(self.layers)
+        if not all(isinstance(item, str) and item for item in names):
             raise ValueError(f"layers must be names of layers, got {names!r}")
-        if twice := [item for item in names if list(names).count(item) > 1]:
+        if twice := [item for item in names if names.count(item) > 1]:
             raise ValueError(f"layers name {twice[0]!r} twice")
-        object.__setattr__(self, "layers", tuple(names))
+        object.__setattr__(self, "layers", names)
         for text in ("by", "model"):
             if not isinstance(getattr(self, text), str):
                 raise ValueError(f"{text} must be text, got {getattr(self, text)!r}")
@@ -67,11 +69,11 @@ class Plan:
             if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
                 raise ValueError(f"{name} must be a mapping from names, got {value!r}")
             object.__setattr__(self, name, dict(value))
-        for layer, value in (*self.scores.items(), ("threshold", self.threshold)):
-            if value is None and layer == "threshold":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        for layer, value in self.scores.items():
+            if not _is_number(value):
                 raise ValueError(f"the score of {layer!r} must be a finite number, got {value!r}")
+        if self.threshold is not None and not _is_number(self.threshold):
+            raise ValueError(f"threshold must be a finite number, got {self.threshold!r}")
         for layer, moved in self.renamed.items():
             if not isinstance(moved, str):
                 raise ValueError(f"renamed must be a mapping from names to names, got {moved!r} for {layer!r}")
@@ -161,3 +163,10 @@ class Plan:
         rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
         head = "<tr><th>layer</th><th>score</th><th></th></tr>"
         return f"<table><caption>{escape(self._title())}</caption>{head}{rows}</table>"
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False

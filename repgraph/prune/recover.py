@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from repgraph.activations import capture
 from repgraph.activations.batches import Source, model_device, model_dtype, read_batches, to_device
-from repgraph.activations.forward import first_tensor, kept_random_state, run_example
+from repgraph.activations.forward import call_model, kept_random_state, run_example
 from repgraph.activations.layers import unwrap
 from repgraph.activations.reduce import channel_axis_of
 from repgraph.cost import model_cost
+from repgraph.prune.agreement import agree
 from repgraph.prune.calls import AVERAGE, SHAPE, Call, observe
 from repgraph.prune.layers import drop_layers, dropped_calls
 from repgraph.prune.pruned import Pruned, new_name
-from repgraph.prune.stand_ins import Affine
+from repgraph.prune.stand_ins import Affine, Skip
 
 _ROWS = 2**15  # positions in float64 at a time
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -33,16 +34,16 @@ def reestimate_batch_norm_(
 ) -> nn.Module:
     """Compute the running mean and variance of all batch norms anew, in place: a cut changes what reaches them.
 
-    The model runs in training mode without gradients; each batch norm takes the plain mean of its batches' statistics
-    (`torch.optim.swa_utils.update_bn`). Weights are untouched, modes are restored.
+    The model runs with its batch norms in training mode and all else in eval mode, without gradients; each batch norm
+    takes the plain mean of its batches' statistics. Weights are untouched, modes are restored; after an exception the
+    statistics too.
 
     Parameters
     ----------
     model
         With or without batch norm; without, nothing happens.
     data
-        As in `capture`, inputs that are tensors. A few hundred samples will do; the last, smaller batch counts as much
-        as the others.
+        As in `capture`. A few hundred samples will do; a last, smaller batch counts as much as the others.
     samples
         How many samples to take: the first ones; all by default.
     batch_size
@@ -58,7 +59,11 @@ def reestimate_batch_norm_(
     Raises
     ------
     ValueError
-        If the inputs are no tensors, or there are fewer than 2 samples in a batch.
+        If a batch has fewer than 2 samples.
+
+    References
+    ----------
+    The statistics are those of `torch.optim.swa_utils.update_bn`, which puts the whole model in training mode.
 
     Examples
     --------
@@ -68,22 +73,32 @@ def reestimate_batch_norm_(
     """
     model = unwrap(model)
     source = Source(data, batch_size, samples)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    modes = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    kept = {norm: {name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms}
     device, dtype = model_device(model), model_dtype(model)
-
-    def batches() -> Iterator[object]:
+    try:
+        for module in modes:
+            module.training = module in momenta
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean
         for batch in tqdm(source, desc="batch norm", unit="batch", disable=not progress, delay=1, leave=False):
-            if not isinstance(batch.inputs, Tensor):
-                raise ValueError(f"data must give inputs that are tensors, got {type(batch.inputs).__name__}")
             if batch.size < 2:
                 raise ValueError(f"every batch must hold at least 2 samples, got {batch.size}: drop the last one")
-            yield to_device(batch.inputs, device, dtype, copy=True)
-
-    modes = {module: module.training for module in model.modules()}
-    try:
-        update_bn(batches(), model)
+            with torch.no_grad():
+                call_model(model, to_device(batch.inputs, device, dtype, copy=True))
+    except BaseException:
+        for norm, buffers in kept.items():
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
     return model
 
 
@@ -96,6 +111,7 @@ def repair(
     ridge: float = 1e-3,
     absorb: bool = True,
     channel_axis: int | None = None,
+    example: object = None,
     memory: int | str | None = None,
     batch_size: int = 64,
     progress: bool = True,
@@ -104,16 +120,17 @@ def repair(
 
     A run of dropped layers took x to y in the whole model. Its place takes x + W x + b, the same map at every position
     or token, with W, b = argmin sum \|y - x - W x - b\|^2 + lambda \|W\|^2 over all samples and positions, lambda =
-    ridge times the mean squared channel of x; b is not penalised. x is taken in the smaller model, whose earlier cuts
-    are repaired already, y in the whole one. Of a part that only adds to a residual stream, y is what it added and the
-    map W x + b of its own input. For ridge -> infinity nothing but a shift is left.
+    ridge times the sum of squares of x over them, mean over the channels; b is not penalised. x is taken in the smaller
+    model, whose earlier cuts are repaired already, y in the whole one. Of a part that only adds to a residual stream, y
+    is what it added and the map W x + b of its own input. For ridge -> infinity nothing but a shift is left.
 
     Parameters
     ----------
     model
         The whole model; untouched.
     pruned
-        What `drop_layers` made of it; untouched.
+        What `drop_layers` made of it, fine-tuned or not; untouched. Cuts whose map was absorbed before stay as they
+        are.
     data
         As in `capture`, not those that the result is judged on. Labels are not used.
     samples
@@ -122,10 +139,12 @@ def repair(
         At least 0.
     absorb
         Where the map's result goes into one convolution or linear layer and nothing else, directly or through a mean
-        over all positions, multiply it into that layer instead: exactly the same function, at no cost. A convolution
-        that pads with zeros takes W alone, fitted without b.
+        over all positions, multiply it into that layer instead: exactly the same function, at no cost. A layer without
+        bias, or a convolution that pads with zeros, takes W alone, fitted without b.
     channel_axis
         Of maps whose channels cannot be told, as in `capture`.
+    example
+        On which the costs are counted, as in `drop_layers`; the first two samples by default.
     memory, batch_size
         As in `capture`.
     progress
@@ -166,21 +185,26 @@ def repair(
     model = unwrap(model)
     if not pruned.plan.layers:
         raise ValueError("pruned has lost no layers: there is nothing to repair")
-    if not ridge >= 0:
-        raise ValueError(f"ridge must be at least 0, got {ridge!r}")
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge must be a finite number of at least 0, got {ridge!r}")
     if isinstance(data, Iterator):
         data = read_batches(data, samples if isinstance(samples, int) else None)[0]
-    example = next(iter(Source(data, batch_size, 2))).inputs
+    if example is None:
+        example = next(iter(Source(data, batch_size, 2))).inputs
     calls = dropped_calls(model, pruned.plan.layers, example)
+    absorbed = _absorbed_before(pruned)
     axes = {}
-    for name in _ends_of_runs(calls):
+    for name, run in _runs(calls).items():
         result = calls[name].result
         assert result is not None
-        axes[name] = channel_axis_of(result, model.get_submodule(name), name, channel_axis) if result.ndim > 2 else 1
+        layers = nn.ModuleList(model.get_submodule(layer) for layer in run)  # any of them may tell the channels
+        if name not in absorbed:
+            axes[name] = channel_axis_of(result, layers, name, channel_axis) if result.ndim > 2 else 1
+    if not axes:
+        return pruned
     smaller = _with_maps(model, pruned, axes, example)
     take = partial(capture, data=data, samples=samples, memory=memory, batch_size=batch_size, progress=progress)
     targets = take(model, layers=list(axes))
-    absorbed: dict[str, str] = {}
     for name, axis in tqdm(axes.items(), desc="repair", unit="cut", disable=not progress, delay=1, leave=False):
         place = new_name(name, smaller.plan.renamed)
         gap = smaller.model.get_submodule(place)
@@ -195,40 +219,69 @@ def repair(
         with torch.no_grad():
             gap.weight.copy_(weight)
             gap.bias.copy_(bias)
-        if reader is not None and _absorbed(smaller.model, gap, reader, example):
-            absorbed[name] = next(key for key, module in smaller.model.named_modules() if module is reader)
+        if reader is not None:
+            _absorb(gap, reader)
+            here = next(key for key, module in smaller.model.named_modules() if module is reader)
+            names = (key for key, _ in model.named_modules() if new_name(key, smaller.plan.renamed) == here)
+            absorbed[name] = next(key for key in names if not _inside(key, pruned.plan.layers))
     settings = {**pruned.plan.settings, "repair": {"samples": len(targets[name]), "ridge": ridge, "absorbed": absorbed}}
     left = {name: axis for name, axis in axes.items() if name not in absorbed}
     done = _with_maps(model, smaller, left, example)
     return replace(done, plan=replace(done.plan, settings=settings), after=model_cost(done.model, example))
 
 
-def _ends_of_runs(calls: Mapping[str, Call]) -> list[str]:
-    """The last layer of each run of dropped layers that follow one another, in order."""
-    ends: list[str] = []
+def _absorbed_before(pruned: Pruned) -> dict[str, str]:
+    """Cuts whose maps are in the weights already, and the layers that took them in, by their first names."""
+    done = pruned.plan.settings.get("repair")
+    return dict(done["absorbed"]) if isinstance(done, dict) else {}
+
+
+def _runs(calls: Mapping[str, Call]) -> dict[str, list[str]]:
+    """Runs of dropped layers that follow one another, in order: the last of each -> all of them."""
+    runs: list[list[str]] = []
     for name, call in calls.items():
         if call.passed is None:  # fed another one that went
             continue
-        if ends and not call.branch and not calls[ends[-1]].branch and call.before == calls[ends[-1]].after:
-            ends.pop()
-        ends.append(name)
-    return ends
+        before = calls[runs[-1][-1]] if runs else None
+        if before is not None and not call.branch and not before.branch and call.before == before.after:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return {run[-1]: run for run in runs}
+
+
+def _inside(name: str, layers: Sequence[str]) -> bool:
+    return any(name == layer or name.startswith(f"{layer}.") for layer in layers)
 
 
 def _with_maps(model: nn.Module, pruned: Pruned, axes: Mapping[str, int], example: object) -> Pruned:
     """The same smaller model with maps at these places, and no others."""
     found = drop_layers(model, replace(pruned.plan, repairs=dict(axes), renamed={}), example)
-    places = {new_name(key, pruned.plan.renamed): new_name(key, found.plan.renamed) for key in model.state_dict()}
+    places = {
+        new_name(key, pruned.plan.renamed): new_name(key, found.plan.renamed)
+        for key in model.state_dict()
+        if not _inside(key, pruned.plan.layers)
+    }
     for name in axes:
         if name in pruned.plan.repairs:
             before, after = new_name(name, pruned.plan.renamed), new_name(name, found.plan.renamed)
             places |= {f"{before}.{part}": f"{after}.{part}" for part in ("weight", "bias")}
-    state = found.model.state_dict()
+    given, state = pruned.model.state_dict(), found.model.state_dict()
+    for old, new in places.items():
+        if old not in given or new not in state or given[old].shape != state[new].shape:
+            got = tuple(given[old].shape) if old in given else "nothing"
+            expected = tuple(state[new].shape) if new in state else "nothing"
+            raise ValueError(f"pruned is no cut of this model: {old!r} must have shape {expected}, got {got}")
+    if extra := [key for key in given if key not in places and not _inside(key, _stand_ins(pruned))]:
+        raise ValueError(f"pruned is no cut of this model: it has {extra[0]!r}, which the model has not")
     with torch.no_grad():
-        for key, value in pruned.model.state_dict().items():
-            if places.get(key) in state:
-                state[places[key]].copy_(value)
+        for old, new in places.items():
+            state[new].copy_(given[old])
     return found
+
+
+def _stand_ins(pruned: Pruned) -> list[str]:
+    return [name for name, module in pruned.model.named_modules() if isinstance(module, Skip)]
 
 
 def _fitted(x: Tensor, y: Tensor, residual: bool, ridge: float, with_bias: bool) -> tuple[Tensor, Tensor]:
@@ -262,11 +315,10 @@ def _only_reader(model: nn.Module, place: str, example: object) -> _Reader | Non
         ):
             modules[name] = module
     call = observe(model, example, [place, *modules])[place]
-    products = ("convolution", "addmm", "mm", "linear", "bmm")
-    seen_through = call.followed - {*AVERAGE, *SHAPE}
-    if len(call.taken_by) != 1 or len(call.uses) != 1 or call.uses[0] not in products or seen_through:
+    if len(call.taken_by) != 1 or call.used_in != {call.taken_by[0]} or call.followed - {*AVERAGE, *SHAPE}:
         return None
-    return modules[call.taken_by[0]]
+    reader = modules[call.taken_by[0]]
+    return reader if _is_exact(model, gap, reader, example) else None
 
 
 def _pads_zeros(reader: nn.Module) -> bool:
@@ -276,22 +328,33 @@ def _pads_zeros(reader: nn.Module) -> bool:
     return reader.padding_mode == "zeros" and reader.padding != "valid" and any(map(bool, reader.padding))
 
 
-def _absorbed(model: nn.Module, gap: Affine, reader: _Reader, example: object) -> bool:
-    """Multiply a map into the layer that reads it and set it to nothing, if that leaves the model's result the same."""
-    before = first_tensor(run_example(model, example), "of the model")
+def _is_exact(model: nn.Module, gap: Affine, reader: _Reader, example: object) -> bool:
+    """Whether any map can go into the layer that reads it: tried with a random one, which is taken out again."""
     kept = [(tensor, tensor.detach().clone()) for tensor in (*gap.parameters(), *reader.parameters())]
-    with torch.no_grad():
-        weight = reader.weight.double()
-        bias, whole = gap.bias.double(), gap.weight.double() + torch.eye(len(gap.bias), device=weight.device)
-        if reader.bias is not None:
-            reader.bias += torch.einsum("oi...,i->o", weight, bias).to(reader.bias.dtype)
-        reader.weight.copy_(torch.einsum("oi...,ij->oj...", weight, whole))
-        gap.weight.zero_()
-        gap.bias.zero_()
-    after = first_tensor(run_example(model, example), "of the model")
-    if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())):
-        return True
-    with torch.no_grad():
-        for tensor, value in kept:
-            tensor.copy_(value)
-    return False
+    generator = torch.Generator("cpu").manual_seed(0)
+    try:
+        with torch.no_grad():
+            for tensor in (gap.weight, gap.bias):
+                noise = torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.float64)
+                tensor.copy_(noise / len(gap.bias) ** 0.5)
+            if reader.bias is None or _pads_zeros(reader):
+                gap.bias.zero_()
+        before = run_example(model, example)
+        _absorb(gap, reader)
+        return agree(run_example(model, example), before, rtol=1e-3)
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
+
+
+@torch.no_grad()
+def _absorb(gap: Affine, reader: _Reader) -> None:
+    """Multiply a map into the layer that reads it, and set it to nothing."""
+    weight = reader.weight.double()
+    whole = gap.weight.double() + torch.eye(len(gap.bias), dtype=torch.float64, device=weight.device)
+    if reader.bias is not None:
+        reader.bias += torch.einsum("oi...,i->o", weight, gap.bias.double()).to(reader.bias.dtype)
+    reader.weight.copy_(torch.einsum("oi...,ij->oj...", weight, whole))
+    gap.weight.zero_()
+    gap.bias.zero_()

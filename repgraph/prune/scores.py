@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from repgraph.activations.batches import Source, model_device, read_batches
 from repgraph.activations.layers import INPUTS, Select, unwrap
 from repgraph.activations.reduce import Reduce
 from repgraph.graph import Graph, knn_graph
-from repgraph.labels import Labels, class_codes
+from repgraph.labels import Labels, as_labels, class_codes
 from repgraph.layerwise import set_order
 from repgraph.metrics.angular_distance import angular_distance
 from repgraph.metrics.block_influence import block_influence
@@ -156,7 +157,8 @@ def layer_scores(
     layers
         As in `droppable_layers`: those of the choice that can be dropped are scored.
     by
-        Columns to compute; by default all, without labels all but modularity.
+        Columns to compute; by default all, without labels all but modularity, and nan with a warning where one is
+        undefined.
     samples
         How many samples to take: the first ones.
     seed
@@ -200,7 +202,8 @@ def layer_scores(
         raise ValueError(f"by must be a sequence of names from {get_args(Score)}, got {by!r}")
     model = unwrap(model)
     if isinstance(data, Iterator):
-        data = read_batches(data, samples if seed is None else None)[0]
+        data, total = read_batches(data, samples if seed is None else None)
+        labels = labels if labels is None else as_labels(labels)[:total]
     example = next(iter(Source(data, batch_size, 2))).inputs
     names = droppable_layers(model, example, layers)
     if not names:
@@ -225,15 +228,14 @@ def layer_scores(
     codes = None
     if activations.labels is not None and (by is None or "modularity" in by):
         codes = class_codes(activations.labels, activations.n)[0]
-    if by is None:
-        by = [name for name in get_args(Score) if name != "modularity" or codes is not None]
-    elif codes is None and "modularity" in by:
+    if by is not None and codes is None and "modularity" in by:
         raise ValueError("by: 'modularity' needs labels, pass labels=")
+    columns: Sequence[str] = by or [name for name in get_args(Score) if name != "modularity" or codes is not None]
     mask = _mask(source, activations)
     final = _Last(activations[last].to(device), mask, seed or 0)
     draws = np.random.default_rng(seed or 0).random(len(names))
     points: dict[str, _Point] = {}
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
     for place, (name, call) in enumerate(
         tqdm(calls.items(), desc="scores", unit="layer", disable=not progress, delay=1, leave=False)
     ):
@@ -244,10 +246,15 @@ def layer_scores(
         before, behind = (points[key] for key in _ends(call))
         fits = mask is not None and before.x.ndim == 3 and before.x.shape[:2] == mask.shape
         layer = _Layer(before, behind, final, mask if fits else None, codes, place, len(names), float(draws[place]))
-        try:
-            rows[name] = {score: _SCORES[score](layer) for score in by}
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
+        rows[name] = {}
+        for score in columns:
+            try:
+                rows[name][score] = _SCORES[score](layer)
+            except ValueError as error:
+                if by is not None:
+                    raise ValueError(f"layer {name!r}: {error}") from error
+                rows[name][score] = np.nan
+                warnings.warn(f"layer {name!r}: {score} is undefined (nan): {error}", stacklevel=2)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
     table.attrs = {
         "model": type(model).__name__,

@@ -211,6 +211,8 @@ def _numbers(values: pd.Series, name: str) -> dict[str, float]:
 def _check_known(droppable: Sequence[str], names: Sequence[str], where: str) -> None:
     if isinstance(droppable, str):
         raise ValueError(f"droppable must be a sequence of layers, got {droppable!r}")
+    if twice := [name for name in droppable if list(droppable).count(name) > 1]:
+        raise ValueError(f"droppable holds {twice[0]!r} twice")
     if unknown := [name for name in droppable if name not in names]:
         raise ValueError(f"droppable holds {unknown[0]!r}, which the {where} does not: it has {', '.join(names)}")
 
@@ -238,7 +240,7 @@ def _shares(segments: Segmentation, names: Sequence[str], count: int) -> list[tu
     shares = [0] * len(runs)
     for _ in range(count):  # the run that is furthest behind its share
         open_runs = [i for i in range(len(runs)) if shares[i] < room[i]]
-        behind = {i: len(runs[i]) * count / len(names) - shares[i] for i in open_runs}
+        behind = {i: len(runs[i]) * count - shares[i] * len(names) for i in open_runs}
         shares[max(open_runs, key=lambda i: (behind[i], i))] += 1
     return list(zip(runs, shares, strict=True))
 
