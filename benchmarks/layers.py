@@ -128,7 +128,7 @@ def _head(task: tasks.Task) -> str | None:
 def measured_cut(task: tasks.Task, plan: Plan) -> dict[str, Any]:
     """Accuracy and cross-entropy after a cut, bare and repaired, and the share of MACs that is left."""
     cut = drop_layers(task.model, plan, task.example)
-    mended = repair(task.model, cut, task.data, samples=min(500, task.samples), progress=False)
+    mended = repair(task.model, cut, task.data, samples=min(500, task.samples), example=task.example, progress=False)
     return {
         state: {
             **task.judge(pruned.model),
@@ -217,13 +217,7 @@ def tables(kept: Kept) -> str:
 
 def correlations(kept: Kept, networks: Sequence[str], suffix: str) -> list[str]:
     """Spearman correlation of every score with an oracle."""
-    table = {}
-    for name in networks:
-        found = kept.values[f"{name}{suffix}"]
-        rise = pd.Series(found.get("rise", found))
-        own = pd.DataFrame(kept.values[f"{name} scores"]).loc[rise.index]
-        table[name] = own.corrwith(rise, method="spearman")
-    table = pd.DataFrame(table)
+    table = pd.DataFrame({name: correlation(kept, name, suffix) for name in networks})
     random = table.index.str.startswith("random")
     table = pd.concat([table[~random], table[random].mean().rename("random (3 seeds)").to_frame().T])
     held = [name for name in HELD_OUT if name in table]
@@ -243,10 +237,32 @@ def correlations(kept: Kept, networks: Sequence[str], suffix: str) -> list[str]:
     return lines
 
 
+def score_table(kept: Kept, name: str) -> pd.DataFrame:
+    """Every score and the oracle of every layer."""
+    return pd.DataFrame(kept.values[f"{name} scores"]).assign(oracle=pd.Series(kept.values[f"{name} oracle"]["rise"]))
+
+
+def correlation(kept: Kept, name: str, suffix: str) -> pd.Series:
+    """Spearman correlation of every score with an oracle of one network."""
+    found = kept.values[f"{name}{suffix}"]
+    rise = pd.Series(found.get("rise", found))
+    return pd.DataFrame(kept.values[f"{name} scores"]).loc[rise.index].corrwith(rise, method="spearman")
+
+
+def after(kept: Kept, name: str, own: pd.DataFrame, by: str, m: int, state: str) -> dict[str, float] | None:
+    """What was measured after the cut of m layers by a score; None if it was not."""
+    layers = " ".join(chosen(own, by, m).layers)
+    if state == "tuned":
+        found: dict[str, float] | None = kept.values.get(f"{name} tune {by.split()[1] if ' ' in by else 0} {layers}")
+        return found
+    cut: dict[str, dict[str, float]] | None = kept.values.get(f"{name} cut {layers}")
+    return None if cut is None else cut[state]
+
+
 def cuts(kept: Kept, name: str) -> list[str]:
     """Accuracy (and, of the language model, cross-entropy) after cuts by each score."""
     true = kept.values[f"{name} oracle"]
-    own = pd.DataFrame(kept.values[f"{name} scores"]).assign(oracle=pd.Series(true["rise"]))
+    own = score_table(kept, name)
     what = "cross_entropy" if name.startswith("llama") else "accuracy"
     digits = 2 if name.startswith("llama") else 1
     scale = 1 if name.startswith("llama") else 100
@@ -265,19 +281,17 @@ def cuts(kept: Kept, name: str) -> list[str]:
         for m, state in columns:
             values = []
             for one in [f"random {seed}" for seed in RANDOM_SEEDS] if by == "random" else [by]:
-                layers = " ".join(chosen(own, one, m).layers)
-                seed = int(one.split()[1]) if by == "random" else 0
-                key = f"{name} tune {seed} {layers}" if state == "tuned" else f"{name} cut {layers}"
-                found = kept.values.get(key)
+                found = after(kept, name, own, one, m, state)
                 if found is not None:
-                    values.append(scale * (found if state == "tuned" else found[state])[what])
+                    values.append(scale * found[what])
             spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "")
         lines.append(f"| {TITLES.get(by, by)} | " + " | ".join(cells) + " |")
     left = []
     for m in DROPPED[name]:
-        found = kept.values.get(f"{name} cut {' '.join(chosen(own, 'oracle', m).layers)}")
-        left += [f"m = {m}: {100 * found[s]['macs']:.0f} % {s}" for s in ("dropped", "repaired")] if found else []
+        for state in ("dropped", "repaired"):
+            found = after(kept, name, own, "oracle", m, state)
+            left += [f"m = {m}: {100 * found['macs']:.0f} % {state}"] if found else []
     return [*lines, "", f"MACs left, by the oracle's cuts: {', '.join(left)}."]
 
 

@@ -16,6 +16,7 @@ from repgraph.metrics import similarity as s
 from repgraph.metrics.angular_distance import angular_distance
 from repgraph.metrics.block_influence import block_influence
 from repgraph.metrics.feature_entropy import feature_birth, feature_entropy
+from repgraph.metrics.redundancy import redundancy
 from repgraph.metrics.relative_residual import relative_residual
 
 Change = Callable[[Tensor, torch.Generator], Tensor]
@@ -98,8 +99,13 @@ def _both(change):
     return lambda x, y, generator: change(torch.cat((x, y)), generator).chunk(2)
 
 
+def _row_scales(x, generator):
+    """Mild ones: neighbours in the last representation must stay nearer to each other than other samples."""
+    return torch.exp(0.3 * _normal(generator, len(x), 1))
+
+
 def _row_scale_of_both(x, y, generator):
-    scale = torch.exp(_normal(generator, len(x), 1))
+    scale = _row_scales(x, generator)
     return scale * x, scale * y
 
 
@@ -108,16 +114,17 @@ BLOCK_CHANGES: dict[str, tuple[str, Callable]] = {
     "S": ("isotropic scale of both", _both(CHANGES["S"][1])),
     "S1": ("isotropic scale of the output alone", lambda x, y, generator: (x, CHANGES["S"][1](y, generator))),
     "R": ("positive scale per sample, the same for both", _row_scale_of_both),
-    "R1": ("positive scale per sample of the output alone", lambda x, y, generator: (x, _row_scale(y, generator))),
+    "R1": ("positive scale per sample of the output alone", lambda x, y, g: (x, _row_scales(y, g) * y)),
     "T": ("translation, the same for both", _both(_translation)),
     "L": ("invertible linear map of the features, the same for both", _both(_linear)),
-    "P": ("order of the samples of both", lambda x, y, g: torch.stack((x, y))[:, torch.randperm(len(x), generator=g)]),
+    "P": ("order of the samples of both, and of the last representation", None),
 }  # fmt: skip
 
-BLOCKS: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
-    "block_influence": (block_influence, "O S S1 R R1 P"),
-    "angular_distance": (angular_distance, "O S S1 R R1 P"),
-    "relative_residual": (relative_residual, "O S R P"),
+BLOCKS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], float], str]] = {
+    "block_influence": (lambda x, y, z: block_influence(x, y), "O S S1 R R1 P"),
+    "angular_distance": (lambda x, y, z: angular_distance(x, y), "O S S1 R R1 P"),
+    "relative_residual": (lambda x, y, z: relative_residual(x, y), "O S R P"),
+    "redundancy": (redundancy, "O S P"),
 }
 
 
@@ -181,7 +188,12 @@ def before_and_after(name: str, change: str, seed: int) -> tuple[float, float]:
         return MAPS[name][0](maps), MAPS[name][0](MAP_CHANGES[change][1](maps, generator))
     if name in BLOCKS:
         y = x + 0.5 * torch.tanh(x @ _normal(generator, 5, 5))
-        return BLOCKS[name][0](x, y), BLOCKS[name][0](*BLOCK_CHANGES[change][1](x, y, generator))
+        z = y + 0.5 * torch.tanh(y @ _normal(generator, 5, 5))
+        before = BLOCKS[name][0](x, y, z)
+        if change == "P":
+            order = torch.randperm(len(x), generator=generator)
+            return before, BLOCKS[name][0](x[order], y[order], z[order])
+        return before, BLOCKS[name][0](*BLOCK_CHANGES[change][1](x, y, generator), z)
     if name in GATES:
         x, generator = x > 0, torch.Generator().manual_seed(seed)
     pair = name in PAIRS

@@ -26,6 +26,7 @@ from repgraph.metrics import complexity, feature_entropy, spline
 from repgraph.metrics import similarity as ours
 from repgraph.metrics.angular_distance import angular_distance
 from repgraph.metrics.block_influence import block_influence
+from repgraph.metrics.redundancy import redundancy
 from repgraph.metrics.relative_residual import relative_residual
 
 
@@ -238,6 +239,18 @@ def _angles():
     return [np.arccos(1 - scipy.spatial.distance.cosine(a, b)) / np.pi for a, b in zip(A, OUT.numpy(), strict=True)]
 
 
+def _redundancy():
+    """Change, neighbours of the last representation and all other ordered pairs, on full distance matrices."""
+    near = np.zeros((N, N), bool)
+    np.put_along_axis(near, _knn(B, 5, "cosine")[1], True, axis=1)
+    others = ~near & ~np.eye(N, dtype=bool)
+    ends = (OUT.numpy() - A, OUT.numpy())
+    moved, at_y = (scipy.spatial.distance.squareform(scipy.spatial.distance.pdist(x, "sqeuclidean")) for x in ends)
+    among, beside = at_y[near].mean(), at_y[others].mean() - at_y[near].mean()
+    turned = np.mean([scipy.spatial.distance.cosine(a, b) for a, b in zip(A, OUT.numpy(), strict=True)])
+    return float((turned * moved[near].mean() / (among * beside) ** 0.5) ** 0.5)
+
+
 def _drifting():
     """Six layers that drift away from X, and their linear CKA."""
     layers = {str(i): torch.cos(i / 3 * X) + X for i in range(6)}
@@ -392,6 +405,7 @@ ROWS = [
     Row("angular distance", lambda: angular_distance(X, OUT), ("scipy",), lambda: float(np.mean(_angles()))),
     Row("relative residual", lambda: relative_residual(X, OUT), ("sklearn",),
         lambda: float((paired_euclidean_distances(A, OUT.numpy()) / np.linalg.norm(A, axis=1)).mean())),
+    Row("redundancy, k = 5", lambda: redundancy(X, OUT, Y), ("sklearn", "scipy"), _redundancy),
     Row("cost of 6 layers in 3 runs", lambda: repgraph.segment_layers(_drifting()[1], 3).cost, ("sklearn",), _inertia),
     Row("triangles, k = 5", lambda: float(sum(ours.triangle_motifs(_graph(k=5), LABELS))), ("networkx",), _triangles),
     Row("triangles of one class, k = 5", lambda: float(ours.triangle_motifs(_graph(k=5), LABELS).type1),
