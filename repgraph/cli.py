@@ -142,7 +142,8 @@ def demo(out: str) -> None:
     text = (
         f"The {_DROPPED} blocks that matter least for what the network ends up treating alike are left out. A linear "
         "map fitted in closed form on the training images closes each cut; a second of fine-tuning does the rest. "
-        "Accuracy is that on the 1000 digits that neither the training nor the choice has seen."
+        "Accuracy is that on the 1000 digits that neither the training nor the choice has seen. The files hold the "
+        "repaired network."
     )
     files = write_pruned(out, repaired, results, title="repgraph demo: a smaller network", text=text)
     click.echo(f"\n{repaired.plan!r}\n\n{results.round(4).to_string()}\n\nwrote " + ", ".join(map(str, files)))
@@ -310,12 +311,11 @@ def compare_command(
 @click.argument("model")
 @click.argument("data")
 @click.option("--layers", "count", type=int, help="How many layers to drop.")
-@click.option("--tol", type=float, help="Instead: drop blocks over which modularity rises by at most this in all.")
+@click.option("--tol", type=float, help="Instead: blocks over which modularity rises by at most this in all.")
 @click.option(
     "--by",
-    default="redundancy",
-    show_default=True,
-    help=f"Score that chooses them: {', '.join(get_args(Score))}; or oracle, the cross-entropy without each layer.",
+    help=f"Score that chooses them: {', '.join(get_args(Score))}; or oracle, the cross-entropy without each layer. "
+    "redundancy by default.",
 )
 @click.option(
     "--among", default="blocks", show_default=True, help="blocks, halves (of transformers), names, wildcards."
@@ -332,7 +332,7 @@ def prune_command(
     data: str,
     count: int | None,
     tol: float | None,
-    by: str,
+    by: str | None,
     among: str,
     samples: int,
     seed: int | None,
@@ -354,6 +354,11 @@ def prune_command(
     """
     if (count is None) == (tol is None):
         raise ValueError("pass one of --layers, how many to drop, and --tol, the rise of modularity that may go")
+    if tol is not None and by not in (None, "modularity"):
+        raise ValueError(f"--tol goes by modularity, got --by {by}")
+    if samples < 1:
+        raise ValueError(f"--samples must be at least 1, got {samples}")
+    by = by or "redundancy"
     if by not in (*get_args(Score), "oracle"):
         raise ValueError(f"--by must be one of {', '.join(get_args(Score))}, oracle, got {by!r}")
     net = load_model(model, weights, arguments).to(device).eval()
@@ -364,14 +369,19 @@ def prune_command(
     if not len(rest):
         raise ValueError(f"--samples {samples} leaves none of the {total} samples to judge on")
     example = next(iter(Source(items, batch_size, 2))).inputs
+    names = droppable_layers(net, example, _split(among))
+    if not names:
+        raise ValueError(f"--among {among} holds no layer that can be dropped")
     if tol is not None:
-        among_these = _split(among)
-        acts = capture(net, items, among_these, samples=seen, reduce=reduce, memory=memory, batch_size=batch_size)
+        points = "blocks" if among == "halves" else _split(among)
+        acts = capture(net, items, points, samples=seen, reduce=reduce, memory=memory, batch_size=batch_size)
+        if acts.labels is None:
+            raise ValueError("--tol needs labels: modularity is that of classes")
         curve = profile_activations(acts, n=len(seen), repeats=1)
-        plan = redundant_blocks(curve, droppable_layers(net, example, among_these), tol=tol)
+        plan = redundant_blocks(curve, [name for name in names if name in curve.index], tol=tol)
     elif by == "oracle":
         loss = partial(_cross_entropy, data=items, samples=seen, batch_size=batch_size)
-        plan = plan_layers(drop_and_evaluate(net, droppable_layers(net, example, _split(among)), loss, example), count)
+        plan = plan_layers(drop_and_evaluate(net, names, loss, example), count)
     else:
         table = layer_scores(
             net,

@@ -182,7 +182,7 @@ def write_pruned(
         page,
         title,
         f"""<p>{escape(text)}</p>
-<h2>Before and after</h2><div class="scroll">{results.to_html(border=0)}</div>
+<h2>Before and after</h2><div class="scroll">{results.to_html(float_format="{:.4g}".format, border=0)}</div>
 <h2>Which layers</h2><img alt="score of every layer, dropped ones in orange" src="{_embedded(picture)}">
 <div class="scroll">{pruned.plan._repr_html_()}</div>
 <p class="note">plan.json and weights.safetensors hold the smaller model: repgraph.prune.load_pruned reads them into a

@@ -12,6 +12,7 @@ from repgraph.cli import cli
 from repgraph.demo import digits, digits_resnet
 from repgraph.metrics.similarity import gbs, layer_matching_accuracy, linear_cka
 from repgraph.plot import caption
+from repgraph.prune import Plan, evaluate_classifier, load_pruned
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -52,18 +53,57 @@ def test_later_layers_sort_digits_better_than_the_stem():
     assert table["null"].abs().max() < 0.02
 
 
-def test_demo_leaves_table_figures_and_page(tmp_path):
-    out = tmp_path / "deep" / "results"
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "deep" / "results"
     result = CliRunner().invoke(cli, ["demo", "--out", str(out)], catch_exceptions=False)
     assert result.exit_code == 0
-    assert sorted(item.name for item in out.iterdir()) == ["curve.png", "graphs.png", "index.html", "profile.csv"]
+    return out, result.output
+
+
+def test_demo_leaves_tables_figures_pages_plan_and_weights(demo):
+    out, output = demo
+    profiled = ["profile.csv", "curve.png", "graphs.png", "index.html"]
+    pruned = ["plan.json", "weights.safetensors", "results.csv", "plan.png", "pruning.html"]
+    assert sorted(item.name for item in out.iterdir()) == sorted(profiled + pruned)
+    for names in (profiled, pruned):
+        assert "wrote " + ", ".join(str(out / name) for name in names) in output
     table = pd.read_csv(out / "profile.csv", index_col="layer")
     assert len(table) == 15
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert all(f"<th>{layer}</th>" in page for layer in table.index)
     assert "k = 3" in page
-    assert str(out / "index.html") in result.output
+
+
+def test_demo_drops_repairs_and_tunes(demo):
+    out, output = demo
+    results = pd.read_csv(out / "results.csv", index_col="model")
+    assert results.index.tolist() == ["whole, 14 blocks", "5 blocks dropped", "cuts repaired", "and fine-tuned"]
+    whole, dropped, repaired, tuned = results["accuracy"]
+    assert dropped < repaired < whole
+    assert dropped < whole - 0.02
+    assert tuned == pytest.approx(whole, abs=0.02)
+    assert whole > 0.975
+    losses = results["cross_entropy"]
+    assert losses.iloc[0] < losses.iloc[2] < losses.iloc[1]
+    macs = results["macs"]
+    assert macs.iloc[1] <= macs.iloc[2] == macs.iloc[3] < macs.iloc[0]
+    assert all(name in output for name in results.index)
+
+
+def test_demo_weights_are_those_of_the_repaired_model(demo):
+    out, _ = demo
+    plan = Plan.load(out / "plan.json")
+    assert (len(plan.layers), plan.by, len(plan.scores)) == (5, "redundancy", 12)
+    results = pd.read_csv(out / "results.csv", index_col="model")
+    pruned = load_pruned(digits_resnet(), out, digits()[0][:2])
+    found = evaluate_classifier(pruned.model, digits(), progress=False)
+    assert found["accuracy"] == results.loc["cuts repaired", "accuracy"]
+    page = (out / "pruning.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert all(f"<td>{layer}</td>" in page for layer in plan.scores)
+    assert all(f"<th>{name}</th>" in page for name in results.index)
 
 
 def test_caption_names_the_settings():

@@ -71,12 +71,13 @@ def redundancy(x: Tensor, y: Tensor, z: Tensor | Graph, *, k: int = 5) -> float:
     ends = (torch.tensor(end, dtype=torch.int64, device=x.device) for end in (i, j))
     moved, near, far = (float(part) for part in _redundancy(x.flatten(1), y.flatten(1), *ends))
     check_known(moved + near + far, x, y, None)
-    if near <= 0 or far <= near:
+    if not 0 < near < far < math.inf:
         raise ValueError(
             "neighbours of z must differ at y and be nearer to each other than other pairs, got mean squared distances "
             f"{near:.3g} and {far:.3g}"
         )
-    return math.sqrt(block_influence(x, y) * moved / math.sqrt(near * (far - near)))
+    turned = block_influence(x.flatten(1), y.flatten(1))
+    return math.sqrt(turned * moved / (math.sqrt(near) * math.sqrt(far - near)))
 
 
 def _redundancy(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:

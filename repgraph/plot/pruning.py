@@ -48,7 +48,7 @@ def plan(plan: Planned, *, ax: Axes | None = None) -> Axes:
     --------
     >>> from repgraph.prune import Plan
     >>> ax = plan(Plan(layers=("b",), by="cka", scores={"a": 0.3, "b": 0.1}))
-    >>> [bar.get_height() for bar in ax.patches], ax.get_ylabel()
+    >>> [float(bar.get_height()) for bar in ax.patches], ax.get_ylabel()
     ([0.3, 0.1], 'cka')
     """
     if not plan.scores:
@@ -63,6 +63,6 @@ def plan(plan: Planned, *, ax: Axes | None = None) -> Axes:
         ax.axhline(plan.threshold, color=GREY, linestyle="--", linewidth=1)
     label_layers(ax, names)
     ax.set_ylabel(plan.by.replace("_", " "))
-    ax.set_title(f"{len(plan.layers)} of {len(names)} layers dropped (orange)", fontsize=9)
+    ax.set_title(f"{sum(name in plan.layers for name in names)} of {len(names)} layers dropped (orange)", fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

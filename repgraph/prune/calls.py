@@ -35,10 +35,12 @@ class Call:
     """Its tensor arguments, by position or keyword."""
     result: Tensor | None
     """The first tensor that it gives."""
+    parts: int | None = None
+    """Length of the tuple that it gives; None for a tensor."""
+    place: int = 0
+    """Where in the tuple the result stands."""
     leaf: bool = False
     """Whether it has no modules inside."""
-    count: int = 1
-    """How often it runs."""
     passed: int | str | None = None
     """The argument that agrees with the result in shape and type and can stand in for it; None if there is none."""
     branch: bool = False
@@ -57,19 +59,12 @@ class Call:
     """Whether something is added to its result in place."""
     from_modules: list[str] = field(default_factory=list)
     """Modules that made the other tensor arguments."""
-    uses: list[str] = field(default_factory=list)
-    """The operations on its result, seen through scaling, averages and changes of shape."""
     followed: set[str] = field(default_factory=set)
-    """Those that it was seen through."""
+    """The operations that its result was followed through: scaling, averages and changes of shape."""
     taken_by: list[str] = field(default_factory=list)
-    """The watched modules that took its result as their first argument, seen through the same."""
+    """The watched modules that took its result, so followed, as their first argument."""
     used_in: set[str] = field(default_factory=set)
-    """The innermost watched modules in which the operations on its result ran; "" outside of all."""
-
-    parts: int | None = None
-    """Length of the tuple that it gives; None for a tensor."""
-    place: int = 0
-    """Where in the tuple the result stands."""
+    """The innermost watched modules in which all other operations on its result ran; "" outside of all."""
 
     @property
     def droppable(self) -> bool:
@@ -129,7 +124,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Tensor -> the watched modules whose result it is, scaled or reshaped at most."""
         self.places: MutableMapping[Tensor, list[tuple[int, str]]] = WeakTensorKeyDictionary()
         """Tensor -> (version, what capture calls it)."""
-        self.uses: dict[str, list[str]] = defaultdict(list)
+        self.uses: dict[str, set[str]] = defaultdict(set)
         """Module -> the operations on its result; "add" if they add something of the same shape."""
         self.followed: dict[str, set[str]] = defaultdict(set)
         """Module -> what scaled, averaged or reshaped its result."""
@@ -167,7 +162,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
             self.running.pop()
             if name in self.calls:
-                self.calls[name].count += 1
                 return
             given = self.arguments[name]
             call = Call(args, kwargs, [(key, value) for key, value, _ in given], result)
@@ -203,7 +197,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         others = [(other, version) for other, version in zip(tensors, versions, strict=True) if other is not tensor]
         if operation in _ADD and len(others) == 1 and others[0][0].shape == tensor.shape:
-            self.uses[name].append("add")
+            self.uses[name].add("add")
             self.used_in[name].add(self.running[-1])
             if operation == "add_" and out is tensor:
                 self.grown.add(name)
@@ -215,7 +209,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.marks.setdefault(out, set()).add(name)
             self.followed[name].add(operation)
         else:
-            self.uses[name].append(operation or "other")
+            self.uses[name].add(operation or "other")
             self.used_in[name].add(self.running[-1])
 
     def _place(self, tensor: Tensor, key: str) -> None:
@@ -233,9 +227,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if call.result is None:
                 continue
             call.taken_by = self.readers[name]
-            call.uses, call.followed, call.used_in = self.uses[name], self.followed[name], self.used_in[name]
+            call.followed, call.used_in = self.followed[name], self.used_in[name]
             call.more, call.grown = bool(self.uses[name + _MORE]), name in self.grown
-            call.branch = call.passed is not None and not call.leaf and set(call.uses) == {"add"}
+            call.branch = call.passed is not None and not call.leaf and self.uses[name] == {"add"}
             if call.branch:
                 other, at, total, then = self.sums[name]
                 call.before, call.after = self._key(other, at), self._key(total, then)

@@ -46,7 +46,8 @@ def evaluate_classifier(
     Raises
     ------
     ValueError
-        If there are no labels, the output is not (n, C), or labels lie outside 0..C-1.
+        If there are no labels, the output is not (n, C) or not finite, labels lie outside 0..C-1, or strings name
+        other than C classes.
 
     Examples
     --------
@@ -75,6 +76,13 @@ def evaluate_classifier(
             found += [] if batch.labels is None else list(batch.labels)
     scores = torch.cat(rows)
     codes, classes = class_codes(found if own is None else own, source.n)
+    if isinstance(classes[0], str) and len(classes) != scores.shape[1]:
+        raise ValueError(
+            f"labels are strings of {len(classes)} classes, the model has {scores.shape[1]}: which is which cannot be "
+            "told, pass integers"
+        )
+    if not bool(scores.isfinite().all()):
+        raise ValueError("the model gives class scores that are not finite")
     target = codes if isinstance(classes[0], str) else torch.tensor(classes, dtype=torch.int64)[codes]
     if int(target.min()) < 0 or int(target.max()) >= scores.shape[1]:
         raise ValueError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
 from torch import Tensor, nn
 
-from repgraph.activations.batches import Source
+from repgraph.activations.batches import Source, read_batches
 from repgraph.cost import latency, model_cost
 from repgraph.prune.classifier import evaluate_classifier
 
@@ -40,7 +40,7 @@ def compare_models(
     -------
     DataFrame
         Columns: accuracy and cross_entropy (with labels); macs, parameters (`model_cost`, for one sample) and
-        milliseconds (median latency of one batch). The number of samples and of a batch are in `attrs`.
+        milliseconds (median latency of the first batch) and batch (its samples). The number of samples is in `attrs`.
 
     Examples
     --------
@@ -50,8 +50,12 @@ def compare_models(
     >>> cut = drop_layers(model, "layer1.3", x[:2]).model
     >>> table = compare_models({"whole": model, "cut": cut}, (x, y), seconds=0.05)
     >>> table.columns.tolist(), bool(table.loc["cut", "macs"] < table.loc["whole", "macs"])
-    (['accuracy', 'cross_entropy', 'macs', 'parameters', 'milliseconds'], True)
+    (['accuracy', 'cross_entropy', 'macs', 'parameters', 'milliseconds', 'batch'], True)
     """
+    if not models:
+        raise ValueError("models is empty: name at least one")
+    if isinstance(data, Iterator):
+        data = read_batches(data, None)[0]
     source = Source(data, batch_size, samples)
     one = next(iter(Source(data, batch_size, source.positions[:1]))).inputs
     first = next(iter(source))
@@ -64,7 +68,8 @@ def compare_models(
         cost = model_cost(model, one)
         time = 1e3 * latency(model, first.inputs, seconds=seconds).median
         rows[name] = {**row, "macs": cost.macs, "parameters": cost.parameters, "milliseconds": time}
+        rows[name]["batch"] = first.size
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
-    table = table.astype({"macs": int, "parameters": int})
-    table.attrs = {"samples": source.n, "batch": first.size}
+    table = table.astype({"macs": int, "parameters": int, "batch": int})
+    table.attrs = {"samples": source.n}
     return table

@@ -145,7 +145,8 @@ class Plan:
         ]
 
     def _title(self) -> str:
-        count = f"{len(self.layers)} of {len(self.scores)} layers" if self.scores else f"{len(self.layers)} layers"
+        total = len({*self.scores, *self.layers})
+        count = f"{len(self.layers)} of {total} layers" if self.scores else f"{len(self.layers)} layers"
         parts = [f"drop {count}", f"by {self.by}"]
         if self.threshold is not None:
             parts.append(f"threshold {self.threshold:.3g}")
@@ -162,7 +163,7 @@ class Plan:
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
         head = "<tr><th>layer</th><th>score</th><th></th></tr>"
-        return f"<table><caption>{escape(self._title())}</caption>{head}{rows}</table>"
+        return f"<p>{escape(self._title())}</p><table>{head}{rows}</table>"
 
 
 def _is_number(value: object) -> bool:

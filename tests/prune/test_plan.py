@@ -88,7 +88,7 @@ def test_printed_table():
         threshold=0.25, settings={"n": 5}, repairs={"long.name": 1},
     )  # fmt: skip
     assert repr(plan).splitlines() == [
-        "Plan: drop 3 of 3 layers, by gbs, threshold 0.25, n = 5",
+        "Plan: drop 3 of 4 layers, by gbs, threshold 0.25, n = 5",
         "               score",
         "  l.1            0.5",
         "  l.2        1.23e+03  drop",
