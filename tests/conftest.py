@@ -3,9 +3,10 @@
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from hypothesis import settings
 
-settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("fixed")
 
 
@@ -20,3 +21,12 @@ def nothing_global(monkeypatch):
     assert dict(mpl.rcParams) == before
     assert not shown
     plt.close("all")
+
+
+@pytest.fixture
+def one_thread():
+    """On inputs as small as those of most tests several threads cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -18,13 +18,7 @@ N, REPEATS, K = 12, 2, 3
 LABELS = torch.arange(N * REPEATS) % 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On inputs this small several threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def images():

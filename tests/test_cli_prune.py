@@ -33,6 +33,8 @@ MODEL = """
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 class Block(nn.Module):
     def __init__(self, size):
         super().__init__()

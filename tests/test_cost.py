@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from benchmarks import shared_data
 from repgraph.cost import Cost, Latency, cost_by_module, latency, model_cost
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 torchvision = pytest.importorskip("torchvision")
 transformers = pytest.importorskip("transformers")
 
@@ -113,7 +115,7 @@ def test_resnet56():
     assert f"{cost.macs / 1e6:.3f}" == "125.486"
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
 def test_parity_with_flop_counter(name):
     model, x = getattr(torchvision.models, name)(weights=None), images(2, 64)
     assert model_cost(model, x).flops == counted_by_torch(model, x) > 0

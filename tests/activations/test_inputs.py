@@ -7,6 +7,8 @@ from torch import nn
 
 from repgraph import Activations, layer_names
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 X = torch.randn(9, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 

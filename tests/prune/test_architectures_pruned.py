@@ -34,12 +34,7 @@ from repgraph.prune.pruned import new_name
 DIGITS = digits()[0][:2]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

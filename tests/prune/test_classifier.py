@@ -17,6 +17,8 @@ from repgraph.cost import model_cost
 from repgraph.demo import digits, digits_resnet
 from repgraph.prune import compare_models, drop_layers, evaluate_classifier
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 generator = torch.Generator().manual_seed(0)
 X = torch.randn(30, 4, generator=generator)
 Y = torch.arange(30) * 7 % 3

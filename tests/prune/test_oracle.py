@@ -16,6 +16,8 @@ from repgraph.demo.network import DigitsResNet
 from repgraph.metrics.similarity import linear_cka
 from repgraph.prune import drop_and_evaluate, drop_greedily, drop_layers, plan_layers, result_change
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 X, Y = digits()
 X, Y = X[:150], Y[:150]
 NAMES = ["layer1.1", "layer2.1", "layer2.2", "layer3.2"]

@@ -15,6 +15,8 @@ from repgraph.demo import digits, digits_resnet
 from repgraph.demo.network import DigitsResNet
 from repgraph.prune import Plan, drop_layers, load_pruned
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 X = digits()[0][:4]
 NAMES = st.text(min_size=1, max_size=8)
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)

@@ -17,6 +17,8 @@ from repgraph.prune import Plan, drop_layers, load_pruned, reestimate_batch_norm
 from repgraph.prune.pruned import new_name
 from repgraph.prune.stand_ins import Affine, Skip
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 X = digits("train")[0][:64]
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from repgraph.demo import digits, digits_resnet
 from repgraph.prune import Plan, drop_layers, droppable_layers, predict_cost
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGES = digits()[0][:2]
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 BLOCKS = [f"layer{stage}.{i}" for stage, number in ((1, 5), (2, 5), (3, 4)) for i in range(number)]
