@@ -51,7 +51,7 @@ def draw(ax: Axes, kept: layers.Kept, state: str) -> None:
     whole = 100 * kept.values[f"{NETWORK} oracle"]["accuracy"]
     ax.axhline(whole, color="#999999", linestyle="--", linewidth=0.9)
     ax.annotate(f"whole {whole:.1f}", (ax.get_xlim()[0], whole), (2, 3), textcoords="offset points", size=7.5)
-    ax.set_title(STATES[state], size=9.5)
+    ax.set_title(f"ResNet-56, CIFAR-10 (JPEG): {STATES[state]}", size=9)
     ax.set_xlabel("blocks dropped of 25 that can be")
     ax.set_xticks(layers.DROPPED[NETWORK])
     ax.spines[["top", "right"]].set_visible(False)
@@ -70,7 +70,7 @@ def draw_correlations(ax: Axes, kept: layers.Kept) -> None:
     ax.set_yticks(range(len(table)), [names.get(str(by), str(by).replace("_", " ")) for by in table.index], size=8)
     ax.axvline(0, color="#999999", linewidth=0.8)
     ax.set_title("Spearman correlation with the oracle, held-out networks", size=9.5)
-    ax.legend(fontsize=7, frameon=False, loc="lower right")
+    ax.legend(fontsize=7, frameon=False, loc="upper left")
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -87,7 +87,6 @@ def main() -> None:
     axes[0].set_ylabel("accuracy on 2,000 test images, %")
     axes[0].legend(fontsize=7.5, frameon=False, loc="lower left")
     place = Path(__file__).with_suffix(".png")
-    figure.suptitle("Dropping residual blocks: fine-tuned ResNet-56, CIFAR-10 (JPEG)", size=10.5)
     figure.savefig(place, dpi=130)
     print(f"wrote {place}")
 

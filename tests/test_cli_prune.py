@@ -29,11 +29,11 @@ from repgraph.prune import (
     repair,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = """
 import torch
 from torch import nn
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 class Block(nn.Module):
     def __init__(self, size):
