@@ -291,7 +291,7 @@ def cuts(kept: Kept, name: str) -> list[str]:
     for m in DROPPED[name]:
         for state in ("dropped", "repaired"):
             found = after(kept, name, own, "oracle", m, state)
-            left += [f"m = {m}: {100 * found['macs']:.0f} % {state}"] if found else []
+            left += [f"m = {m}: {100 * found['macs']:.0f} % {state}"] if found and "macs" in found else []
     return [*lines, "", f"MACs left, by the oracle's cuts: {', '.join(left)}."]
 
 
