@@ -8,7 +8,8 @@
 2. cuts: accuracy after m layers were dropped by each score, without repair and with it.
 3. tunes: the same after a short fixed fine-tune (100 steps of batch 128), for two scores and random.
 
-Everything that was computed is kept in benchmarks/layers.json; a run that was stopped goes on where it was. The tables
+The default leaves out the fine-tunes and takes about an hour on two cores, --full two to three; an empty cell of the
+tables was not run yet. Everything that was computed is kept in benchmarks/layers.json; a run that was stopped goes on where it was. The tables
 are printed and written to docs/layer_scores.md; figures/layer_pruning.py draws them. Needs the shared data; without
 them the demo network alone is measured.
 """
@@ -154,14 +155,14 @@ def chosen(table: pd.DataFrame, by: str, m: int) -> Plan:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--networks", help="names, comma-separated; by default all but the -test ones")
-    parser.add_argument("--parts", default="scores,cuts,tunes")
-    parser.add_argument("--full", action="store_true", help="also the original networks on test images")
+    parser.add_argument("--parts", help="scores, cuts, tunes; by default the first two")
+    parser.add_argument("--full", action="store_true", help="also the fine-tunes, and the originals on test images")
     args = parser.parse_args()
     available = tasks.names()
     names = (
         args.networks.split(",") if args.networks else [n for n in available if args.full or not n.endswith("-test")]
     )
-    kept, parts = Kept(KEPT), args.parts.split(",")
+    kept, parts = Kept(KEPT), (args.parts or ("scores,cuts,tunes" if args.full else "scores,cuts")).split(",")
     for name in names:
         run(name, kept, parts)
     page = tables(kept)

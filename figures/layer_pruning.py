@@ -51,7 +51,7 @@ def draw(ax: Axes, kept: layers.Kept, state: str) -> None:
     whole = 100 * kept.values[f"{NETWORK} oracle"]["accuracy"]
     ax.axhline(whole, color="#999999", linestyle="--", linewidth=0.9)
     ax.annotate(f"whole {whole:.1f}", (ax.get_xlim()[0], whole), (2, 3), textcoords="offset points", size=7.5)
-    ax.set_title(f"ResNet-56, CIFAR-10 (JPEG): {STATES[state]}", size=9)
+    ax.set_title(f"ResNet-56: {STATES[state]}", size=9.5)
     ax.set_xlabel("blocks dropped of 25 that can be")
     ax.set_xticks(layers.DROPPED[NETWORK])
     ax.spines[["top", "right"]].set_visible(False)
