@@ -9,9 +9,9 @@
 3. tunes: the same after a short fixed fine-tune (100 steps of batch 128), for two scores and random.
 
 The default leaves out the fine-tunes and takes about an hour on two cores, --full two to three; an empty cell of the
-tables was not run yet. Everything that was computed is kept in benchmarks/layers.json; a run that was stopped goes on where it was. The tables
-are printed and written to docs/layer_scores.md; figures/layer_pruning.py draws them. Needs the shared data; without
-them the demo network alone is measured.
+tables was not run yet. Everything that was computed is kept in benchmarks/layers.json; a run that was stopped goes on
+where it was. The tables are printed and written to docs/layer_scores.md; figures/layer_pruning.py draws them. Needs the
+shared data; without them the demo network alone is measured.
 """
 
 import argparse
