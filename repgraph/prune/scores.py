@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,8 @@ from repgraph.metrics.block_influence import block_influence
 from repgraph.metrics.modularity import modularity
 from repgraph.metrics.redundancy import redundancy
 from repgraph.metrics.relative_residual import relative_residual
-from repgraph.metrics.similarity import gbs, linear_cka, mutual_knn
+from repgraph.metrics.similarity import gbs, gram, linear_cka, mutual_knn
+from repgraph.metrics.similarity.measure import Measure
 from repgraph.prune.calls import Call, observe
 from repgraph.prune.layers import droppable_layers
 
@@ -60,6 +61,14 @@ class _Point:
     @cached_property
     def neighbors(self) -> Graph:
         return knn_graph(self.x, _K, symmetrize="none")
+
+    @cached_property
+    def rows(self) -> Any:
+        return cast(Measure, gbs).prepare(self.x)
+
+    @cached_property
+    def gram(self) -> Any:
+        return gram(self.x)
 
 
 @dataclass(eq=False)
@@ -122,8 +131,8 @@ _SCORES: dict[str, Callable[[_Layer], float]] = {
     "angular_distance": lambda layer: angular_distance(layer.before.x, layer.behind.x, layer.mask),
     "relative_residual": lambda layer: relative_residual(layer.before.x, layer.behind.x),
     "turnover": lambda layer: 1 - mutual_knn(layer.before.neighbors, layer.behind.neighbors),
-    "gbs": lambda layer: 1 - gbs(layer.before.x, layer.behind.x),
-    "cka": lambda layer: 1 - linear_cka(layer.before.x, layer.behind.x, unbiased=True),
+    "gbs": lambda layer: 1 - gbs(layer.before.rows, layer.behind.rows),
+    "cka": lambda layer: 1 - linear_cka(layer.before.gram, layer.behind.gram, unbiased=True),
     "tail": lambda layer: 1 - (layer.place + 1) / layer.total,
     "random": lambda layer: layer.draw,
 }
