@@ -154,7 +154,7 @@ def capture(
 def stream(
     model: nn.Module,
     data: object,
-    f: Callable[[Tensor], Tensor],
+    f: Callable[[Tensor], Tensor] | Mapping[str, Callable[[Tensor], Tensor]],
     layers: Select = "blocks",
     *,
     combine: Literal["concat", "sum", "mean"] = "concat",
@@ -173,7 +173,7 @@ def stream(
         As in `capture`.
     f
         Called with one batch of one layer's output (b, ...), on the model's device; returns a tensor. It must not
-        change its argument.
+        change its argument. Or layer name -> such a function.
     combine
         "concat" joins the results along their first axis, "sum" adds them, "mean" averages them weighted by batch size
         (integers become float32).
@@ -186,7 +186,7 @@ def stream(
     Raises
     ------
     ValueError
-        As `capture`, or if f returns no tensor or `combine` is unknown.
+        As `capture`, or if f returns no tensor or names other layers, or `combine` is unknown.
 
     Examples
     --------
@@ -199,9 +199,11 @@ def stream(
         raise ValueError(f"combine must be 'concat', 'sum' or 'mean', got {combine!r}")
     recording = Recording(model, data, layers, reduce, channel_axis, forward, batch_size, samples, progress)
     kept: dict[str, list[Tensor]] = {name: [] for name in recording.specs}
+    if not callable(f) and (missing := [name for name in recording.specs if name not in f]):
+        raise ValueError(f"f has no function for layer {missing[0]!r}")
 
     def keep(name: str, x: Tensor) -> None:
-        value = f(x)
+        value = f(x) if callable(f) else f[name](x)
         if not isinstance(value, Tensor):
             raise ValueError(f"layer {name!r}: f must return a tensor, got {type(value).__name__}")
         if combine == "concat":

@@ -8,12 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +21,7 @@ from repgraph.cost import Cost, cost_by_module, model_cost
 from repgraph.operations import checked
 from repgraph.prune.agreement import agree
 from repgraph.prune.calls import Call, observe
+from repgraph.prune.filters import filter_cost
 from repgraph.prune.numbering import check_config, delete, mixed_attention, number_attention, numbered
 from repgraph.prune.plan import Plan
 from repgraph.prune.pruned import Pruned, new_name
@@ -168,14 +166,15 @@ def drop_layers(model: nn.Module, names: str | Sequence[str] | Plan, example: ob
 
 
 def predict_cost(model: nn.Module, names: str | Sequence[str] | Plan, example: object) -> Cost:
-    """What the model would cost without some of its layers, from the cost of the whole: nothing is removed.
+    """What the model would cost without some of its layers or a plan's filters; nothing is computed with the smaller.
 
-    Parameters, and errors about names, as in `drop_layers`.
+    Parameters, and errors about names, as in `drop_layers`; a plan's filters as in `prune_filters`.
 
     Returns
     -------
     Cost
-        That of the whole minus that of the layers; equal to what `drop_layers` measures afterwards.
+        That of the whole minus that of the layers; with filters, counted on shapes alone. Equal to what `drop_layers` and
+        `prune_filters` measure.
 
     Examples
     --------
@@ -187,6 +186,8 @@ def predict_cost(model: nn.Module, names: str | Sequence[str] | Plan, example: o
     model = unwrap(model)
     if isinstance(names, Plan) and names.repairs:
         raise ValueError("names is a plan with repairs, whose maps cannot be foretold: apply it and read its cost")
+    if isinstance(names, Plan) and names.filters:
+        return filter_cost(drop_layers(model, names.layers, example).model, example, names)
     dropped = dropped_calls(model, names.layers if isinstance(names, Plan) else as_names(names), example)
     table = cost_by_module(model, example)
     gone = table.loc[[name for name in dropped if name in table.index], ["macs", "activation_bytes"]].sum()
@@ -208,36 +209,6 @@ def predict_cost(model: nn.Module, names: str | Sequence[str] | Plan, example: o
         parameters=sum(sizes.values()) - sum(sizes[key] for key in inside - elsewhere),
         activation_bytes=int(table.loc["", "activation_bytes"] - gone["activation_bytes"]) + zeros,
     )
-
-
-def load_pruned(model: nn.Module, folder: str | Path, example: object) -> Pruned:
-    """The smaller model that `Pruned.save` wrote, from a fresh model of the original kind with any weights.
-
-    Parameters
-    ----------
-    model
-        The original architecture; untouched.
-    folder
-        With plan.json and weights.safetensors.
-    example
-        As in `drop_layers`.
-
-    Raises
-    ------
-    ValueError
-        As `drop_layers`, or if the weights do not fit what the plan leaves of the model.
-    FileNotFoundError
-        If one of the files is missing.
-    """
-    path = Path(folder)
-    pruned = drop_layers(model, Plan.load(path / "plan.json"), example)
-    try:
-        load_model(pruned.model, str(path / "weights.safetensors"))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{path / 'weights.safetensors'} does not fit {type(model).__name__} without the plan's layers: {error}"
-        ) from error
-    return pruned
 
 
 def as_names(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -35,8 +35,10 @@ class Plan:
     True
     """
 
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] = ()
     """Modules to drop, by the names that they have in the whole model."""
+    filters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Convolution or linear layer -> its output channels to cut, numbered as before the cut; after the layers went."""
     by: str = "choice"
     """The score that chose them."""
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -64,11 +66,17 @@ class Plan:
         for text in ("by", "model"):
             if not isinstance(getattr(self, text), str):
                 raise ValueError(f"{text} must be text, got {getattr(self, text)!r}")
-        for name in ("scores", "settings", "renamed", "repairs"):
+        for name in ("filters", "scores", "settings", "renamed", "repairs"):
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
                 raise ValueError(f"{name} must be a mapping from names, got {value!r}")
             object.__setattr__(self, name, dict(value))
+        for layer, channels in self.filters.items():
+            if not all(type(channel) is int and channel >= 0 for channel in channels):
+                raise ValueError(f"filters of {layer!r} must be numbers of channels, got {channels!r}")
+            if len(set(channels)) < len(channels):
+                raise ValueError(f"filters of {layer!r} name a channel twice")
+        object.__setattr__(self, "filters", {layer: tuple(sorted(own)) for layer, own in self.filters.items()})
         for layer, value in self.scores.items():
             if not _is_number(value):
                 raise ValueError(f"the score of {layer!r} must be a finite number, got {value!r}")
@@ -135,7 +143,7 @@ class Plan:
 
     def _rows(self) -> list[tuple[str, str, str]]:
         names = [*self.scores, *(name for name in self.layers if name not in self.scores)]
-        return [
+        rows = [
             (
                 name,
                 f"{self.scores[name]:.3g}" if name in self.scores else "",
@@ -143,14 +151,18 @@ class Plan:
             )
             for name in names
         ]
+        return rows + [(name, "", f"cut {_shortened(channels)}") for name, channels in self.filters.items() if channels]
 
     def _title(self) -> str:
         total = len({*self.scores, *self.layers})
         count = f"{len(self.layers)} of {total} layers" if self.scores else f"{len(self.layers)} layers"
-        parts = [f"drop {count}", f"by {self.by}"]
+        parts = [f"drop {count}"] if self.layers or not self.filters else []
+        if self.filters:
+            parts.append(f"cut {sum(map(len, self.filters.values()))} filters of {len(self.filters)} layers")
+        parts.append(f"by {self.by}")
         if self.threshold is not None:
             parts.append(f"threshold {self.threshold:.3g}")
-        parts += [f"{name} = {value}" for name, value in self.settings.items()]
+        parts += [f"{name} = {_shortened(value)}" for name, value in self.settings.items()]
         return "Plan: " + ", ".join(parts)
 
     def __repr__(self) -> str:
@@ -164,6 +176,16 @@ class Plan:
         rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
         head = "<tr><th>layer</th><th>score</th><th></th></tr>"
         return f"<p>{escape(self._title())}</p><table>{head}{rows}</table>"
+
+
+def _shortened(value: object) -> str:
+    """Of long lists the first few entries and how many there are."""
+    if isinstance(value, Mapping) and len(value) > 4:
+        return f"{len(value)} entries"
+    if isinstance(value, list | tuple):
+        some = ", ".join(map(str, value[:8]))
+        return f"{some}, ... ({len(value)})" if len(value) > 8 else some
+    return str(value)
 
 
 def _is_number(value: object) -> bool:

@@ -178,7 +178,7 @@ def test_names_from_a_generator_are_kept():
         ('{"repgraph_plan": 1, "layers": {"a": 1}}', "must be a list of names"),
         ('{"repgraph_plan": 1, "layers": [1]}', "must be names of layers"),
         ('{"repgraph_plan": 1, "layers": ["a", "a"]}', "'a' twice"),
-        ('{"repgraph_plan": 1, "layers": [], "layer": []}', "unknown entry 'layer'; known are by, layers"),
+        ('{"repgraph_plan": 1, "layers": [], "layer": []}', "unknown entry 'layer'; known are by, filters, layers"),
         ('{"repgraph_plan": 1, "layers": [], "scores": {"a": NaN}}', "finite number, got nan"),
         ('{"repgraph_plan": 1, "layers": [], "scores": null}', "scores must be a mapping"),
         ('{"repgraph_plan": 1, "layers": [], "settings": {"a": Infinity}}', "settings must be plain data"),
@@ -292,8 +292,8 @@ def test_damaged_plans_are_named(folder):
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        (lambda: DigitsResNet((5, 5, 6)), "does not fit DigitsResNet without the plan's layers.*layer3.4"),
-        (lambda: DigitsResNet((3, 5, 4)), "does not fit DigitsResNet without the plan's layers.*layer1.2"),
+        (lambda: DigitsResNet((5, 5, 6)), "does not fit DigitsResNet without what the plan removes.*layer3.4"),
+        (lambda: DigitsResNet((3, 5, 4)), "does not fit DigitsResNet without what the plan removes.*layer1.2"),
         (lambda: DigitsResNet((1, 5, 4)), "the model has no module 'layer1.1'"),
         (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)), "the model has no module 'layer1.1'"),
     ],

@@ -1,0 +1,198 @@
+"""Which filters of a model can be cut: groups of channels that go together, tried against masks, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from html import escape
+
+import torch
+from torch import Tensor, nn
+
+from repgraph.activations.forward import run_example
+from repgraph.channels import CONVS
+from repgraph.cost import cost_by_module
+from repgraph.coupling import (
+    ChannelGroup,
+    Place,
+    attentions,
+    channel_groups,
+    cut_channels,
+    mask_channels,
+    with_slots,
+)
+from repgraph.operations import checked
+from repgraph.prune.agreement import agree
+
+Units = Sequence[tuple[ChannelGroup, Tensor]]
+"""Groups, and the units of each that go."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FilterGroups:
+    """The channels of a model that can be cut, and what they cost; see `prunable_filters`."""
+
+    groups: tuple[ChannelGroup, ...]
+    """Channels that go together, in units; no layer is in two of them with the same channel."""
+    left: Mapping[str, str]
+    """Convolutions and linear layers whose channels cannot be cut, and why."""
+    macs: int
+    """Multiply-accumulates of the whole model on the example."""
+    parts: Mapping[str, tuple[int, Mapping[Place, int]]]
+    """Module -> (its MACs, the places by whose widths they shrink, and these widths)."""
+
+    def macs_without(self, removed: Units) -> int:
+        """MACs of the model without these units, in closed form; equal to what `model_cost` counts after the cut."""
+        return self.macs_after({place: len(channels) for place, channels in together(removed).items()})
+
+    def macs_after(self, gone: Mapping[Place, int]) -> int:
+        """The same from how many channels go at each place."""
+        total = self.macs
+        for macs, widths in self.parts.values():
+            left = macs
+            for place, width in widths.items():
+                left = left * (width - gone.get(place, 0)) // width
+            total -= macs - left
+        return total
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = []
+        for group in self.groups:
+            more = f" and {len(group.layers) - 3} more" if len(group.layers) > 3 else ""
+            rows.append((str(group.width), ", ".join(group.layers[:3]) + more))
+        return rows + [("left", f"{layer}: {why}") for layer, why in self.left.items()]
+
+    def __repr__(self) -> str:
+        title = f"FilterGroups: {len(self.groups)} groups of {sum(group.width for group in self.groups)} units in all"
+        return "\n".join([title, *(f"  {width:>5}  {what}" for width, what in self._rows())])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
+        return f"<table><tr><th>units</th><th>layers</th></tr>{rows}</table>"
+
+
+def prunable_filters(model: nn.Module, example: object) -> FilterGroups:
+    """Which filters can be cut, in units of channels that must go together: tried on the model, not only deduced.
+
+    Parameters
+    ----------
+    model
+        Any nn.Module; untouched.
+    example
+        One batch, as `capture` reads it.
+
+    Returns
+    -------
+    FilterGroups
+        Groups of channels, the layers that are left alone with the reason, and what foretells MACs.
+
+    Raises
+    ------
+    ValueError
+        If Torch-Pruning cannot trace the model.
+
+    Notes
+    -----
+    Torch-Pruning's dependency graph tells which channels depend on one another. It is silently wrong on some networks
+    (chunks that go different ways, channel shuffles, slices by number, attention), so a third of the units is cut from
+    a copy and the result compared, in float64, with the model in which they are set to zero: filters, biases, scales
+    and shifts of norms. Where they differ, the groups to blame are found by halving and left alone. A layer
+    whose activation does not map 0 to 0 is left alone by the same test.
+
+    Handled beyond Torch-Pruning: shortcuts that pad with zero channels (the channels of the stages are followed
+    through them, so that the stream of a CIFAR ResNet is cut exactly), attention heads as units where the number of
+    heads is an attribute of the module, graphs on which its search does not end, frozen parameters, hooks.
+
+    Examples
+    --------
+    >>> from repgraph.demo import digits, digits_resnet
+    >>> found = prunable_filters(digits_resnet(), digits()[0][:2])
+    >>> len(found.groups), found.left
+    (17, {'linear': "they are the model's output"})
+    """
+    return prepared(checked(model), example)[1]
+
+
+def prepared(model: nn.Module, example: object) -> tuple[nn.Module, FilterGroups]:
+    """A copy with slots, and its groups."""
+    model = with_slots(model, example)
+    found = channel_groups(model, example)
+    left = {name: group.blocked for group in found if group.blocked for name in group.layers}
+    left |= {name: "they all go together" for g in found if not g.blocked and g.width == 1 for name in g.layers}
+    groups = [group for group in found if not any(name in left for name in group.layers)]
+    generator = torch.Generator().manual_seed(0)
+    trial = [(g, torch.randperm(g.width, generator=generator)[: (g.width + 1) // 3 or 1]) for g in groups]
+    for group, reason in _culprits(model, example, trial):
+        left |= dict.fromkeys(group.layers, reason)
+    groups = [group for group in groups if not any(name in left for name in group.layers)]
+    return model, FilterGroups(tuple(groups), left, *_macs(model, example, groups))
+
+
+def together(units: Units) -> dict[Place, Tensor]:
+    """Place -> all its channels that go with these units."""
+    found: dict[Place, list[Tensor]] = {}
+    for group, own in units:
+        for place, channels in group.removed(own).items():
+            found.setdefault(place, []).append(channels)
+    return {place: torch.cat(parts) for place, parts in found.items()}
+
+
+def difference(model: nn.Module, example: object, removed: Mapping[Place, Tensor]) -> str:
+    """Why the model cannot do without these channels; empty where cutting them is the same as setting them to zero."""
+    for exact in (True, False):
+        masked, smaller = deepcopy(model), deepcopy(model)
+        if exact:
+            masked, smaller = masked.double(), smaller.double()
+        mask_channels(masked, removed)
+        try:
+            expected = run_example(masked, example)
+        except RuntimeError:
+            if not exact:
+                raise
+            continue  # parts of it are written for float32
+        try:
+            cut_channels(smaller, removed)
+            found = run_example(smaller, example)
+        except Exception as error:  # what any model may raise where a width is another one
+            return f"the model does not run without some ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        break
+    same = agree(found, expected, rtol=1e-8 if exact else 1e-5)
+    return "" if same else "cutting some changes more than setting them to zero"
+
+
+def _culprits(model: nn.Module, example: object, units: Units) -> list[tuple[ChannelGroup, str]]:
+    """The groups that cannot be cut, and why."""
+    reason = difference(model, example, together(units)) if units else ""
+    if not reason:
+        return []
+    if len(units) == 1:
+        return [(units[0][0], reason)]
+    half = len(units) // 2
+    found = _culprits(model, example, units[:half]) + _culprits(model, example, units[half:])
+    return found or [(group, f"{reason}, together with others") for group, _ in units]
+
+
+def _macs(
+    model: nn.Module, example: object, groups: Sequence[ChannelGroup]
+) -> tuple[int, dict[str, tuple[int, dict[Place, int]]]]:
+    """MACs of the model, and of the modules that shrink with channels."""
+    table = cost_by_module(model, example)["macs"]
+    places = {place for group in groups for place in group.places}
+    parts: dict[str, tuple[int, dict[Place, int]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CONVS):
+            sizes: dict[Place, int] = {(name, "out"): module.out_channels, (name, "in"): module.in_channels}
+        elif isinstance(module, nn.Linear):
+            sizes = {(name, "out"): module.out_features, (name, "in"): module.in_features}
+        else:
+            continue
+        if name in table.index and places & sizes.keys():
+            parts[name] = int(table[name]), {place: size for place, size in sizes.items() if place in places}
+    for name, _, _, linears in attentions(model):
+        inside = [f"{name}.{key}" if name else key for key, _ in model.get_submodule(name).named_children()]
+        cut: list[Place] = [(key, "out") for key in linears if (key, "out") in places]
+        if cut:
+            own = int(table[name] - table.reindex(inside, fill_value=0).sum())  # the products of queries and keys
+            parts[name] = own, {cut[0]: parts[cut[0][0]][1][cut[0]]}
+    return int(table[""]), parts

@@ -1,0 +1,1 @@
+"""One number per filter, high = keep: published criteria, one in each file."""
