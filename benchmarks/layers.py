@@ -15,9 +15,7 @@ shared data; without them the demo network alone is measured.
 """
 
 import argparse
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks import tasks
+from benchmarks.kept import Kept
 from repgraph.prune import Plan, drop_layers, layer_scores, plan_layers, repair, result_change
 
 HERE = Path(__file__).parent
@@ -45,23 +44,6 @@ TUNED = {"resnet20-jpeg": (2, 4), "resnet56-jpeg": (2, 4, 8)}
 BEST = ("redundancy", "block_influence")  # fine-tuned beside random
 RANDOM_SEEDS = (0, 1, 2)
 BY = ("redundancy", "block_influence", "relative_residual", "turnover", "cka", "modularity", "tail", "oracle")
-
-
-class Kept:
-    """Results by key, on disk after each one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-
-    def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The result, computed now if it is not there."""
-        if key not in self.values:
-            start = time.perf_counter()
-            self.values[key] = compute()
-            self.path.write_text(json.dumps(self.values, indent=0, sort_keys=True) + "\n")
-            print(f"{key}: {time.perf_counter() - start:.0f} s", flush=True)
-        return self.values[key]
 
 
 def reliability(rises: np.ndarray) -> float:

@@ -48,9 +48,16 @@ class ChannelGroup:
         """Place -> the channels of these units."""
         return {place: channels[torch.isin(unit, units)] for place, (channels, unit) in self.places.items()}
 
-    def readers(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Convolutions and linear layers that read the channels: name -> (columns, the unit of each)."""
-        return {name: both for (name, side), both in self.places.items() if side == "in"}
+    def readers(self, layer: str) -> dict[str, Tensor]:
+        """Convolutions and linear layers that read a layer's channels: name -> their input columns, (C, r)."""
+        channels, units = self.places[layer, "out"]
+        found = {}
+        for (name, side), (columns, of) in self.places.items():
+            if side == "in":
+                own = [columns[of == unit] for unit in units[channels.argsort()]]
+                if len({len(one) for one in own}) == 1:
+                    found[name] = torch.stack(own)
+        return found
 
 
 class Slots(nn.Module):

@@ -36,11 +36,19 @@ def data():
 
 
 def run(*arguments, cwd):
-    """The real command in a process of its own."""
+    """The real command in a process of its own: a start takes seconds, so most tests call() it in this one."""
     code = "import sys; from repgraph.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
     )
+
+
+def call(monkeypatch, *arguments):
+    """The command in this process."""
+    from repgraph.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["repgraph", *map(str, arguments)])
+    main()
 
 
 @pytest.fixture
@@ -52,17 +60,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_profile_command_gives_the_table_of_the_function(here):
-    done = run(
-        "profile", "mine.py:net", "data.npz", "--n", 20, "--repeats", 2, "--arg", "width=6", "--out", "out", cwd=here
-    )
-    assert done.returncode == 0, done.stderr
+def test_profile_command_gives_the_table_of_the_function(here, monkeypatch, capsys):
+    options = ["--n", 20, "--repeats", 2, "--arg", "width=6", "--out", "out"]
+    call(monkeypatch, "profile", "mine.py:net", "data.npz", *options)
     table = pd.read_csv(here / "out/profile.csv", index_col="layer", dtype={"layer": str})
     expected = profile(
         load_model("mine.py:net", None, ["width=6"]), load_data("data.npz"), n=20, repeats=2, progress=False
     )
     pd.testing.assert_frame_equal(table, expected, check_dtype=False)
-    assert "wrote out/profile.csv" in done.stdout
+    assert "wrote out/profile.csv" in capsys.readouterr().out
 
 
 def test_layers_command_lists_names_and_shapes(here):
@@ -71,10 +77,11 @@ def test_layers_command_lists_names_and_shapes(here):
     assert "8 x 4 x 4" in done.stdout
 
 
-def test_callables_of_packages_work(here):
-    done = run("layers", "torch.nn:Sequential", "--layers", "leaves", cwd=here)
-    assert done.returncode == 2
-    assert "Sequential has no submodules" in done.stderr
+def test_callables_of_packages_work(here, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "layers", "torch.nn:Sequential", "--layers", "leaves")
+    assert stop.value.code == 2
+    assert "Sequential has no submodules" in capsys.readouterr().err
     assert isinstance(load_model("repgraph.demo:digits_resnet"), nn.Module)
 
 
@@ -142,14 +149,11 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_one_line_and_exit_code_2(here, mistake, monkeypatch, capsys):
-    from repgraph.cli import main
-
     (here / "empty").mkdir()
     np.savez(here / "sorted.npz", x=np.random.default_rng(0).random((40, 1, 8, 8), np.float32), y=np.arange(40) // 20)
     arguments, message = MISTAKES[mistake]
-    monkeypatch.setattr(sys, "argv", ["repgraph", *arguments])
     with pytest.raises(SystemExit) as stop:
-        main()
+        call(monkeypatch, *arguments)
     stderr = capsys.readouterr().err
     assert stop.value.code == 2
     assert message in stderr
@@ -206,14 +210,6 @@ def test_npz_of_8_bit_images_becomes_channels_first_in_unit_range(here):
     assert x.shape == (5, 3, 8, 8)
     assert (x == 1).all()
     assert list(y) == list("abcab")
-
-
-def call(monkeypatch, *arguments):
-    """The command in this process."""
-    from repgraph.cli import main
-
-    monkeypatch.setattr(sys, "argv", ["repgraph", *map(str, arguments)])
-    main()
 
 
 def expected_tables(measures, *, samples=40, **options):

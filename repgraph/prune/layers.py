@@ -173,7 +173,7 @@ def predict_cost(model: nn.Module, names: str | Sequence[str] | Plan, example: o
     Returns
     -------
     Cost
-        That of the whole minus that of the layers; with filters, counted on shapes alone. Equal to what `drop_layers` and
+        That of the whole minus that of the layers; with filters, counted on shapes. Equal to what `drop_layers` and
         `prune_filters` measure.
 
     Examples

@@ -48,7 +48,7 @@ class Pruned:
         return [plan, weights]
 
     def __repr__(self) -> str:
-        lines = [f"{type(self.model).__name__} without {len(self.plan.layers)} layers"]
+        lines = [f"{type(self.model).__name__} without {self._what()}"]
         for name, row in self.table().iterrows():
             before, after, change = row
             lines.append(f"  {name!s:16} {before:>16,.0f} -> {after:>16,.0f}  {change:+.1f} %")
@@ -56,7 +56,14 @@ class Pruned:
 
     def _repr_html_(self) -> str:
         table: str = self.table().to_html(float_format="{:,.1f}".format, border=0)
-        return f"<p>{type(self.model).__name__} without {', '.join(self.plan.layers) or 'nothing'}</p>{table}"
+        return f"<p>{type(self.model).__name__} without {', '.join(self.plan.layers) or self._what()}</p>{table}"
+
+    def _what(self) -> str:
+        filters = f"{sum(map(len, self.plan.filters.values()))} filters of {len(self.plan.filters)} layers"
+        layers = f"{len(self.plan.layers)} layers"
+        return " and ".join(
+            [layers] * bool(self.plan.layers or not self.plan.filters) + [filters] * bool(self.plan.filters)
+        )
 
 
 def new_name(old: str, renamed: Mapping[str, str]) -> str:

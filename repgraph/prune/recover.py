@@ -21,6 +21,7 @@ from repgraph.prune.agreement import agree
 from repgraph.prune.calls import AVERAGE, SHAPE, Call, observe
 from repgraph.prune.layers import drop_layers, dropped_calls
 from repgraph.prune.pruned import Pruned, new_name
+from repgraph.prune.refit import refit_readers
 from repgraph.prune.stand_ins import Affine, Skip
 
 _ROWS = 2**15  # positions in float64 at a time
@@ -122,15 +123,16 @@ def repair(
     or token, with W, b = argmin sum \|y - x - W x - b\|^2 + lambda \|W\|^2 over all samples and positions, lambda =
     ridge times the sum of squares of x over them, mean over the channels; b is not penalised. x is taken in the smaller
     model, whose earlier cuts are repaired already, y in the whole one. Of a part that only adds to a residual stream, y
-    is what it added and the map W x + b of its own input. For ridge -> infinity nothing but a shift is left.
+    is what it added and the map W x + b of its own input. For ridge -> infinity nothing but a shift is left. Where
+    filters were cut, the layers that read them are refitted instead (`refit_readers`, with this ridge).
 
     Parameters
     ----------
     model
         The whole model; untouched.
     pruned
-        What `drop_layers` made of it, fine-tuned or not; untouched. Cuts whose map was absorbed before stay as they
-        are.
+        What `drop_layers` or `prune_filters` made of it, fine-tuned or not; untouched. Cuts whose map was absorbed
+        before stay as they are.
     data
         As in `capture`, not those that the result is judged on. Labels are not used.
     samples
@@ -183,8 +185,12 @@ def repair(
     True
     """
     model = unwrap(model)
-    if not pruned.plan.layers:
-        raise ValueError("pruned has lost no layers: there is nothing to repair")
+    if pruned.plan.filters and not pruned.plan.layers:
+        return refit_readers(
+            model, pruned, data, samples=samples, ridge=ridge, batch_size=batch_size, progress=progress
+        )
+    if not pruned.plan.layers or pruned.plan.filters:
+        raise ValueError("pruned must have lost layers, or filters, and not both: repair each cut on its own")
     if not 0 <= ridge < math.inf:
         raise ValueError(f"ridge must be a finite number of at least 0, got {ridge!r}")
     if isinstance(data, Iterator):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repgraph.activations.layers import unwrap
+from repgraph.channels import OutputChannels, output_channels
+from repgraph.coupling import channel_groups
 from repgraph.scores.central_filter import input_columns
 
 Consumer = tuple[nn.Module, int | Tensor]
@@ -113,6 +116,70 @@ def feature_shift_scores(
         return expected
     reach = [_reach(module, where, len(expected)).to(expected).abs() for module, where in consumers]
     return expected * torch.stack([r.mean(1) if reduce == "mean" else r.amax(1) for r in reach]).mean(0)
+
+
+def fsm_scores(model: nn.Module, example: object, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """`feature_shift_scores` of the layers to which it applies; high = keep.
+
+    These are the layers with a batch norm and ReLU or ReLU6 behind them whose channels nothing else shares (no writer
+    of a residual stream, no depthwise convolution, no second norm): inner convolutions, as the authors cut them.
+
+    Parameters
+    ----------
+    model, example
+        As in `repgraph.coupling.channel_groups`, which finds what reads the channels.
+    layers
+        Names of layers; by default all to which the score applies.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Layer -> (C,), float64, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the score does not apply to a named layer.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    >>> {name: tuple(score.shape) for name, score in fsm_scores(model, torch.zeros(1, 1, 8, 8)).items()}
+    {'0': (4,)}
+    """
+    model = unwrap(model)
+    found = {}
+    places = output_channels(model, example)
+    for name, where in shift_readers(model, example, places).items():
+        consumers = [(model.get_submodule(reader), columns) for reader, columns in where.items()]
+        kind: Literal["relu", "relu6"] = "relu" if places[name].activation == "relu" else "relu6"
+        norm = model.get_submodule(places[name].norm or "")
+        found[name] = feature_shift_scores(norm, consumers, activation=kind).cpu()
+    if missing := [name for name in layers or () if name not in found]:
+        raise ValueError(
+            f"feature shift does not apply to {missing[0]!r}: it needs a batch norm and ReLU of its own, and readers "
+            "without groups"
+        )
+    return {name: score for name, score in found.items() if layers is None or name in layers}
+
+
+def shift_readers(
+    model: nn.Module, example: object, places: Mapping[str, OutputChannels]
+) -> dict[str, dict[str, Tensor]]:
+    """What reads the channels of each layer to which feature shift applies: layer -> reader -> its columns (C, r)."""
+    found = {}
+    for group in channel_groups(model, example):
+        name = group.layers[0]
+        place = places.get(name)
+        out = {other for other, side in group.places if side == "out"}
+        if place is None or place.activation not in ("relu", "hardtanh") or out != {name, place.norm} or group.blocked:
+            continue
+        if place.activation == "hardtanh" and float(place.activate(torch.tensor(9.0))) != 6:
+            continue
+        readers = group.readers(name)
+        if readers and all(getattr(model.get_submodule(reader), "groups", 1) == 1 for reader in readers):
+            found[name] = readers
+    return found
 
 
 def shift_batchnorm_(

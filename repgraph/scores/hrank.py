@@ -132,16 +132,25 @@ def hrank_scores(
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32, torch.float64 or None, got {dtype!r}")
 
-    def ranks(maps: Tensor) -> Tensor:
-        found = feature_rank_by_sample(maps.to(dtype or maps.dtype))
-        return nn.functional.pad(found, (0, 1), value=min(maps.shape[2:]))
+    def sums(maps: Tensor) -> Tensor:
+        ranks = feature_rank_by_sample(maps.to(dtype or maps.dtype))
+        return torch.cat([ranks.sum(0), ranks.new_tensor([1, min(maps.shape[2:])]) * len(maps)])
 
     found = stream_maps(
-        model, data, ranks, layers, samples=samples, batch_size=batch_size, forward=forward, progress=progress
+        model,
+        data,
+        sums,
+        layers,
+        combine="sum",
+        samples=samples,
+        batch_size=batch_size,
+        forward=forward,
+        progress=progress,
     )
-    if small := [name for name, rows in found.items() if int(rows[0, -1]) <= 2]:
+    means = {name: total / total[-2] for name, total in as_scores(found).items()}
+    if small := [name for name, mean in means.items() if mean[-1] <= 2]:
         warnings.warn(f"maps with a side of 1 or 2 have ranks that order little: {', '.join(small)}", stacklevel=2)
-    return as_scores({name: rows[:, :-1].double().mean(0) for name, rows in found.items()})
+    return {name: mean[:-2] for name, mean in means.items()}
 
 
 def _ranks(maps: Tensor, tol: float | None) -> Tensor:
