@@ -24,22 +24,28 @@ from repgraph.layerwise import profile, profile_activations, set_order
 from repgraph.loading import load_data, load_model
 from repgraph.metrics.similarity import cknna, gbs, linear_cka, mutual_knn, procrustes, rbf_cka, rsa, rtd, svcca
 from repgraph.prune import (
+    Plan,
     compare_models,
     drop_and_evaluate,
     drop_layers,
     droppable_layers,
     evaluate_classifier,
     layer_scores,
+    plan_filters,
     plan_layers,
+    prune_filters,
     redundant_blocks,
     repair,
+    search_widths,
 )
 from repgraph.prune.scores import Score
 from repgraph.report import write_comparison, write_pruned, write_report
+from repgraph.scores.by_name import FilterScore, filter_scores
 
 _DRAWN = 300  # samples in a drawing
 _PANELS = 4
 _DROPPED = 5  # blocks that the demo leaves out
+_CUT = 0.4  # of the MACs, by filters
 
 _MEASURES: dict[str, Callable[..., float]] = {
     "gbs": gbs,
@@ -147,6 +153,23 @@ def demo(out: str) -> None:
     )
     files = write_pruned(out, repaired, results, title="repgraph demo: a smaller network", text=text)
     click.echo(f"\n{repaired.plan!r}\n\n{results.round(4).to_string()}\n\nwrote " + ", ".join(map(str, files)))
+    independence = filter_scores(model, train, "chip", samples=128)
+    cut = prune_filters(model, data, plan_filters(model, data, independence, _CUT, of="macs", by="chip"))
+    refitted = repair(model, cut, train)
+    models = {
+        "whole": model,
+        f"filters cut, {100 * _CUT:.0f} % of the MACs": cut.model,
+        "readers refitted": refitted.model,
+        "and fine-tuned": fine_tuned(refitted.model),
+    }
+    results = compare_models(models, data)
+    text = (
+        f"Filters that CHIP finds least independent are cut, from every layer at one pace, until {100 * _CUT:.0f} % of "
+        "the multiply-accumulates are gone. The layers that read them are refitted by least squares on the training "
+        "images; a second of fine-tuning does the rest. The files hold the refitted network."
+    )
+    files = write_pruned(f"{out}/filters", refitted, results, title="repgraph demo: a thinner network", text=text)
+    click.echo(f"\n{results.round(4).to_string()}\n\nwrote " + ", ".join(map(str, files)))
     click.echo(f"done in {time.perf_counter() - start:.0f} s")
 
 
@@ -312,6 +335,22 @@ def compare_command(
 @click.argument("data")
 @click.option("--layers", "count", type=int, help="How many layers to drop.")
 @click.option("--tol", type=float, help="Instead: blocks over which modularity rises by at most this in all.")
+@click.option("--filters", "ratio", type=float, help="Instead: cut this share of the filters, or of the MACs.")
+@click.option(
+    "--score",
+    type=click.Choice(get_args(FilterScore)),
+    default="l2",
+    show_default=True,
+    help="Which filters of a layer go first.",
+)
+@click.option(
+    "--budget",
+    type=click.Choice(["uniform", "global", "macs", "search"]),
+    default="uniform",
+    show_default=True,
+    help="--filters is the share of each layer's filters; of all filters, ranked over all layers; of the MACs, every "
+    "layer at one pace; of the MACs, widths searched by the loss.",
+)
 @click.option(
     "--by",
     help=f"Score that chooses them: {', '.join(get_args(Score))}; or oracle, the cross-entropy without each layer. "
@@ -332,6 +371,9 @@ def prune_command(
     data: str,
     count: int | None,
     tol: float | None,
+    ratio: float | None,
+    score: FilterScore,
+    budget: str,
     by: str | None,
     among: str,
     samples: int,
@@ -348,12 +390,14 @@ def prune_command(
     std: str | None,
     out: str,
 ) -> None:
-    """Drop whole layers of MODEL: plan, weights, a before/after table and a figure in a folder.
+    """Drop whole layers or cut filters of MODEL: plan, weights, a before/after table and a figure in a folder.
 
     Model and data as for `repgraph profile`. Scores and repair see --samples of the data; accuracy is that on the rest.
     """
-    if (count is None) == (tol is None):
-        raise ValueError("pass one of --layers, how many to drop, and --tol, the rise of modularity that may go")
+    if [count, tol, ratio].count(None) != 2:
+        raise ValueError(
+            "pass one of --layers, how many to drop, --tol, the rise of modularity that may go, and --filters, a share"
+        )
     if tol is not None and by not in (None, "modularity"):
         raise ValueError(f"--tol goes by modularity, got --by {by}")
     if samples < 1:
@@ -369,6 +413,52 @@ def prune_command(
     if not len(rest):
         raise ValueError(f"--samples {samples} leaves none of the {total} samples to judge on")
     example = next(iter(Source(items, batch_size, 2))).inputs
+    if ratio is not None:
+        scores = filter_scores(net, items, score, samples=seen, batch_size=batch_size, seed=seed or 0)
+        if budget == "search":
+            loss = partial(_cross_entropy, data=items, samples=seen, batch_size=batch_size)
+            plan = search_widths(net, example, scores, loss, ratio, by=score)
+        else:
+            plan = plan_filters(
+                net,
+                example,
+                scores,
+                ratio,
+                budget="global" if budget == "global" else "uniform",
+                of="macs" if budget == "macs" else "filters",
+                by=score,
+            )
+        pruned = prune_filters(net, example, plan)
+    else:
+        plan = _layer_plan(net, items, example, seen, samples, count, tol, by, among, seed, reduce, memory, batch_size)
+        pruned = drop_layers(net, plan, example)
+    models = {"before": net, "dropped" if pruned.plan.layers or ratio is None else "cut": pruned.model}
+    if mend and (pruned.plan.layers or pruned.plan.filters):
+        pruned = repair(net, pruned, items, samples=seen, memory=memory, batch_size=batch_size)
+        models["repaired"] = pruned.model
+    results = compare_models(models, items, samples=rest, batch_size=batch_size)
+    text = f"Results on {len(rest)} samples that the choice has not seen."
+    filters = sum(map(len, plan.filters.values()))
+    title = f"{model} without {f'{filters} filters' if filters else f'{len(plan.layers)} layers'}"
+    files = write_pruned(out, pruned, results, title=title, text=text)
+    click.echo(f"{pruned.plan!r}\n\n{results.round(4).to_string()}\n\n" + "wrote " + ", ".join(map(str, files)))
+
+
+def _layer_plan(
+    net: nn.Module,
+    items: object,
+    example: object,
+    seen: torch.Tensor,
+    samples: int,
+    count: int | None,
+    tol: float | None,
+    by: str,
+    among: str,
+    seed: int | None,
+    reduce: Reduce,
+    memory: str | None,
+    batch_size: int,
+) -> Plan:
     names = droppable_layers(net, example, _split(among))
     if not names:
         raise ValueError(f"--among {among} holds no layer that can be dropped")
@@ -378,34 +468,25 @@ def prune_command(
         if acts.labels is None:
             raise ValueError("--tol needs labels: modularity is that of classes")
         curve = profile_activations(acts, n=len(seen), repeats=1)
-        plan = redundant_blocks(curve, [name for name in names if name in curve.index], tol=tol)
-    elif by == "oracle":
+        return redundant_blocks(curve, [name for name in names if name in curve.index], tol=tol)
+    assert count is not None
+    if by == "oracle":
         loss = partial(_cross_entropy, data=items, samples=seen, batch_size=batch_size)
-        plan = plan_layers(drop_and_evaluate(net, names, loss, example), count)
-    else:
-        table = layer_scores(
-            net,
-            items,
-            layers=_split(among),
-            by=[cast(Score, by)],
-            samples=samples,
-            seed=seed,
-            reduce=reduce,
-            memory=memory,
-            batch_size=batch_size,
-        )
-        scores = table[by]
-        scores.attrs = table.attrs
-        plan = plan_layers(scores, count)
-    pruned = drop_layers(net, plan, example)
-    models = {"before": net, "dropped": pruned.model}
-    if mend and pruned.plan.layers:
-        pruned = repair(net, pruned, items, samples=seen, memory=memory, batch_size=batch_size)
-        models["repaired"] = pruned.model
-    results = compare_models(models, items, samples=rest, batch_size=batch_size)
-    text = f"Results on {len(rest)} samples that the choice has not seen."
-    files = write_pruned(out, pruned, results, title=f"{model} without {len(plan.layers)} layers", text=text)
-    click.echo(f"{pruned.plan!r}\n\n{results.round(4).to_string()}\n\n" + "wrote " + ", ".join(map(str, files)))
+        return plan_layers(drop_and_evaluate(net, names, loss, example), count)
+    table = layer_scores(
+        net,
+        items,
+        layers=_split(among),
+        by=[cast(Score, by)],
+        samples=samples,
+        seed=seed,
+        reduce=reduce,
+        memory=memory,
+        batch_size=batch_size,
+    )
+    scores = table[by]
+    scores.attrs = table.attrs
+    return plan_layers(scores, count)
 
 
 def _cross_entropy(model: nn.Module, *, data: object, samples: torch.Tensor, batch_size: int) -> float:

@@ -132,9 +132,10 @@ def channel_groups(model: nn.Module, example: object) -> list[ChannelGroup]:
     names |= {parameter: name for name, parameter in traced.named_parameters()}
     nodes = _Nodes()
     blocked: dict[Place, str] = {}
-    roots = [module for module in graph.module2node if isinstance(module, (*CONVS, nn.Linear))]
-    order = {name: i for i, name in enumerate(names.values())}
-    for root in sorted(roots, key=lambda module: order[names[module]]):
+    roots = [
+        module for module in traced.modules() if isinstance(module, (*CONVS, nn.Linear)) and module in graph.module2node
+    ]
+    for root in roots:
         here: Place = (names[root], "out")
         channels = np.arange(graph.get_pruner_of_module(root).get_out_channels(root))
         nodes.add(here, channels)
@@ -153,9 +154,7 @@ def channel_groups(model: nn.Module, example: object) -> list[ChannelGroup]:
         _join_within(nodes, module, name)
     for _, _, heads, linears in attentions(traced):
         nodes.join_runs([(name, "out") for name in linears], heads)
-    return _grouped(
-        nodes, blocked, [names[root] for root in graph.module2node if isinstance(root, (*CONVS, nn.Linear))]
-    )
+    return _grouped(nodes, blocked, [names[root] for root in roots])
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -162,7 +162,7 @@ def write_pruned(
     folder
         Where to write; files of these names are replaced.
     pruned
-        The smaller model and its plan, which has scores.
+        The smaller model and its plan, which has scores or filters.
     results
         One row per stage (before, after, ...), in columns what it costs and how well it does.
     title, text
@@ -177,13 +177,15 @@ def write_pruned(
     files = pruned.save(path)
     csv, picture, page = (path / name for name in ("results.csv", "plan.png", "pruning.html"))
     results.to_csv(csv)
-    _save(plot.plan(pruned.plan), picture)
+    filters = bool(pruned.plan.filters)
+    _save(plot.widths(pruned.plan) if filters else plot.plan(pruned.plan), picture)
+    seen = "filters of every layer, cut ones in orange" if filters else "score of every layer, dropped ones in orange"
     _write_page(
         page,
         title,
         f"""<p>{escape(text)}</p>
 <h2>Before and after</h2><div class="scroll">{results.to_html(float_format="{:.4g}".format, border=0)}</div>
-<h2>Which layers</h2><img alt="score of every layer, dropped ones in orange" src="{_embedded(picture)}">
+<h2>Which {"filters" if filters else "layers"}</h2><img alt="{seen}" src="{_embedded(picture)}">
 <div class="scroll">{pruned.plan._repr_html_()}</div>
 <p class="note">plan.json and weights.safetensors hold the smaller model: repgraph.prune.load_pruned reads them into a
 fresh model of the original kind.</p>""",

@@ -4,7 +4,7 @@ from repgraph.plot.by_layer import caption, curve, curves, label_layers, main_co
 from repgraph.plot.cells import partition
 from repgraph.plot.drawing import CLASS_COLORS, class_handles, graph, graphs
 from repgraph.plot.layer_pairs import heatmap, heatmaps, sample_agreement, similarity_by_distance
-from repgraph.plot.pruning import plan
+from repgraph.plot.pruning import plan, widths
 from repgraph.plot.units import complexity, unit_entropies
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "sample_agreement",
     "similarity_by_distance",
     "unit_entropies",
+    "widths",
 ]

@@ -80,7 +80,8 @@ def plan_filters(
     -------
     Plan
         `filters` in the numbering of the model, `by`; in `settings` the arguments, MACs before and after, as foretold
-        (equal to what is counted after the cut), and `left`: layers with scores that cannot be cut, and why.
+        (equal to what is counted after the cut), the widths of all layers before, and `left`: layers with scores that
+        cannot be cut, and why.
 
     Raises
     ------
@@ -363,8 +364,13 @@ def as_plan(
             filters.setdefault(name, []).extend(channels.tolist())
     left = {name: why for name, why in found.left.items() if name in scores}
     macs = [found.macs, found.macs_without(removed)]
-    own = {name: tuple(channels) for name, channels in filters.items()}
-    return Plan(filters=own, by=by, settings={**settings, "macs": macs, "left": left})
+    widths = dict.fromkeys(found.parts, 0)
+    for group in found.groups:
+        for name in group.layers:
+            widths[name] += len(group.places[name, "out"][0])
+    widths = {name: width for name, width in widths.items() if width}
+    own = {name: tuple(filters[name]) for name in widths if name in filters}
+    return Plan(filters=own, by=by, settings={**settings, "macs": macs, "widths": widths, "left": left})
 
 
 def check_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> None:

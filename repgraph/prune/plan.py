@@ -162,7 +162,7 @@ class Plan:
         parts.append(f"by {self.by}")
         if self.threshold is not None:
             parts.append(f"threshold {self.threshold:.3g}")
-        parts += [f"{name} = {_shortened(value)}" for name, value in self.settings.items()]
+        parts += [f"{name} = {_shortened(value)}" for name, value in self.settings.items() if value not in ({}, [])]
         return "Plan: " + ", ".join(parts)
 
     def __repr__(self) -> str:

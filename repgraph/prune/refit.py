@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from repgraph.activations import stream
-from repgraph.activations.batches import Source, read_batches
+from repgraph.activations.batches import Source, model_device, model_dtype, read_batches, to_device
+from repgraph.activations.forward import call_model, kept_random_state, untouched
 from repgraph.activations.layers import unwrap
 from repgraph.channels import output_channels
 from repgraph.prune.filter_groups import prunable_filters
@@ -21,6 +23,7 @@ from repgraph.prune.filters import units_of
 from repgraph.prune.pruned import Pruned
 
 
+@kept_random_state()
 def refit_readers(
     model: nn.Module,
     pruned: Pruned,
@@ -132,16 +135,22 @@ def refit_readers(
 
         return picked
 
-    def take(net: nn.Module, f: dict[str, Callable[[Tensor], Tensor]], combine: str) -> dict[str, Tensor]:
-        return stream(net, data, f, list(f), combine=combine, samples=samples, batch_size=batch_size, progress=progress)  # type: ignore[arg-type]
-
-    targets = take(model, {name: pick(name) for name in readers}, "concat")
+    targets = stream(
+        model,
+        data,
+        {name: pick(name) for name in readers},
+        readers,
+        samples=samples,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    source = Source(data, batch_size, samples)
     for name in tqdm(readers, desc="refit", unit="layer", disable=not progress, delay=1, leave=False):
         module = smaller.get_submodule(name)
         assert isinstance(module, nn.Conv2d | nn.Linear)
-        sums = take(smaller, {f"inputs:{name}": _sums(module, targets[name], chosen[name])}, "sum")[f"inputs:{name}"]
+        rows = (_patches(module, x, chosen[name].to(x.device)) for x in _inputs(smaller, module, source))
         norm = places[name].norm
-        _refit(module, sums, ridge, None if norm is None else smaller.get_submodule(norm))
+        _refit(module, _sums(rows, targets[name]), ridge, None if norm is None else smaller.get_submodule(norm))
     settings = {
         **pruned.plan.settings,
         "refit": {"samples": len(next(iter(targets.values()))), "ridge": ridge, "layers": readers},
@@ -159,19 +168,38 @@ def _outputs(module: nn.Module) -> int:
     return module.out_features if isinstance(module, nn.Linear) else int(module.out_channels)  # type: ignore[arg-type]
 
 
-def _sums(module: nn.Conv2d | nn.Linear, targets: Tensor, chosen: Tensor) -> Callable[[Tensor], Tensor]:
-    """Of one batch after another: X^T (X, Y) with a column of ones in X, over the chosen positions, in float64."""
-    start = 0
+class _Reached(BaseException):  # no model may catch it
+    """Ends a forward pass at the layer whose input was wanted."""
 
-    def summed(x: Tensor) -> Tensor:
-        nonlocal start
-        rows = _patches(module, x, chosen.to(x.device)).double()
-        y = targets[start : start + len(x)].flatten(0, 1).double()
-        start += len(x)
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-        return rows.T @ torch.cat([rows, y], 1)
 
-    return summed
+def _inputs(model: nn.Module, module: nn.Module, source: Source) -> Iterator[Tensor]:
+    """What a layer reads, one batch after another; what comes behind it is not computed."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _Reached
+
+    device, dtype = model_device(model), model_dtype(model)
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        for batch in source:
+            with untouched(model), torch.no_grad(), suppress(_Reached):
+                call_model(model, to_device(batch.inputs, device, dtype, copy=True))
+            yield found.pop()
+    finally:
+        handle.remove()
+
+
+def _sums(batches: Iterator[Tensor], targets: Tensor) -> Tensor:
+    """X^T (X, Y) in float64, with a column of ones in X."""
+    total, start = torch.zeros((), dtype=torch.float64, device=targets.device), 0
+    for batch in batches:
+        rows = torch.cat([batch.double(), batch.new_ones(len(batch), 1, dtype=torch.float64)], 1)
+        stop = start + len(rows) // targets.shape[1]
+        total = total + rows.T @ torch.cat([rows, targets[start:stop].flatten(0, 1).double()], 1)
+        start = stop
+    return total
 
 
 def _patches(module: nn.Conv2d | nn.Linear, x: Tensor, chosen: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from repgraph.activations import stream
 from repgraph.activations.batches import Source, read_batches
-from repgraph.activations.forward import Forward
+from repgraph.activations.forward import Forward, kept_random_state
 from repgraph.activations.layers import unwrap
 from repgraph.channels import CONVS, OutputChannels, output_channels
 
 
+@kept_random_state()
 def stream_maps(
     model: nn.Module,
     data: object,
@@ -93,4 +94,7 @@ def _first_two(data: object, batch_size: int) -> object:
 
 
 def _behind(place: OutputChannels, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return f(place.activate(x).movedim(place.axis, 1))
+    try:
+        return f(place.activate(x).movedim(place.axis, 1))
+    except ValueError as error:
+        raise ValueError(f"layer {place.layer!r}: {error}") from error

@@ -150,7 +150,7 @@ def trained():
 def test_removing_low_scores_hurts_less(trained, scores):
     """A quarter of the inner filters, without fine-tuning; on 400 images it is 0.46 and 0.10 to 0.11."""
     model, inner, images, labels = trained
-    found = scores(model, images, inner, samples=48, progress=False)
+    found = scores(model, images, inner, samples=32, progress=False)
 
     def accuracy(highest):
         with ExitStack() as stack:
@@ -160,7 +160,7 @@ def test_removing_low_scores_hurts_less(trained, scores):
                 hook = norm.register_forward_hook(lambda m, i, x, out=out: x.index_fill(1, out, 0))
                 stack.callback(hook.remove)
             with torch.no_grad():
-                return (model(images).argmax(1) == labels).double().mean()
+                return (model(images[:96]).argmax(1) == labels[:96]).double().mean()
 
     assert accuracy(highest=False) > 0.3
     assert accuracy(highest=True) < 0.2
@@ -169,7 +169,7 @@ def test_removing_low_scores_hurts_less(trained, scores):
 def test_few_images_rank_the_filters_alike(trained):
     """Spearman of disjoint sets of 16 and 64 images; one draw of the note has 0.929 and 0.970."""
     model, inner, images, _ = trained
-    ranks = stream_maps(model, images, feature_rank_by_sample, inner, progress=False)
+    ranks = stream_maps(model, images, feature_rank_by_sample, inner[3:], progress=False)  # maps up to 16 x 16
     few, more = score_stability(ranks, sizes=(16, 64)).mean()
     assert 0.85 < few < more
     assert more > 0.93
