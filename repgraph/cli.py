@@ -18,6 +18,7 @@ from torch import nn
 from repgraph import __version__, plot
 from repgraph.activations import capture, layer_names
 from repgraph.activations.batches import Source
+from repgraph.activations.layers import choose
 from repgraph.activations.reduce import Reduce
 from repgraph.between import compare_layers
 from repgraph.layerwise import profile, profile_activations, set_order
@@ -357,7 +358,11 @@ def compare_command(
     "redundancy by default.",
 )
 @click.option(
-    "--among", default="blocks", show_default=True, help="blocks, halves (of transformers), names, wildcards."
+    "--among",
+    default="blocks",
+    show_default=True,
+    help="blocks, halves (of transformers), names, wildcards; of --filters, convolutions and linear layers by name "
+    "(all convolutions by default).",
 )
 @click.option("--samples", default=500, show_default=True, help="Samples for scores and repair; the rest judges.")
 @click.option("--seed", type=int, help="Draw them at random with this seed; the first ones otherwise.")
@@ -414,7 +419,8 @@ def prune_command(
         raise ValueError(f"--samples {samples} leaves none of the {total} samples to judge on")
     example = next(iter(Source(items, batch_size, 2))).inputs
     if ratio is not None:
-        scores = filter_scores(net, items, score, samples=seen, batch_size=batch_size, seed=seed or 0)
+        some = None if among == "blocks" else [*choose(net, _split(among))]
+        scores = filter_scores(net, items, score, some, samples=seen, batch_size=batch_size, seed=seed or 0)
         if budget == "search":
             loss = partial(_cross_entropy, data=items, samples=seen, batch_size=batch_size)
             plan = search_widths(net, example, scores, loss, ratio, by=score)

@@ -286,8 +286,8 @@ def test_string_labels(here, monkeypatch):
 
 DATA = "data.npz"
 MISTAKES = {
-    "neither": (DATA, [], "pass one of --layers, how many to drop, and --tol"),
-    "both": (DATA, ["--layers", 2, "--tol", 0.1], "pass one of --layers, how many to drop, and --tol"),
+    "neither": (DATA, [], "pass one of --layers, how many to drop, --tol"),
+    "both": (DATA, ["--layers", 2, "--tol", 0.1], "pass one of --layers, how many to drop, --tol"),
     "unknown score": (
         DATA,
         ["--layers", 2, "--by", "cca"],
