@@ -264,7 +264,7 @@ rates = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
 
 
 @given(st.data())
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_every_budget_against_plain_loops(data):
     name = data.draw(st.sampled_from(CASES))
     layers = list(case(name).layers)
@@ -302,6 +302,7 @@ def all_widths():
 
 
 @given(st.integers(1, 40).flatmap(lambda b: st.tuples(st.integers(0, b - 1), st.just(b))))
+@settings(max_examples=20)
 def test_uniform_removes_the_floor_of_every_width(share):
     """In whole numbers: of C filters floor(C a / b) go for ratio a / b, whatever binary rounding makes of it."""
     a, b = share
@@ -764,12 +765,14 @@ def same_plans(name, scores, others, budget, *, fold="mean"):
 
 
 @given(st.sampled_from(CASES), st.integers(0, 99), st.sampled_from(BUDGETS), st.sampled_from([0.125, 0.5, 4.0, 1024.0]))
+@settings(max_examples=12)
 def test_no_budget_sees_a_common_scale(name, seed, budget, scale):
     scores = draw_scores(name, seed, 9)
     assert same_plans(name, scores, {layer: scale * own for layer, own in scores.items()}, budget)
 
 
 @given(st.sampled_from(CASES), st.integers(0, 99), st.integers(0, 9), st.sampled_from(["global", "global_mean"]))
+@settings(max_examples=12)
 def test_global_budgets_see_no_scale_of_a_layer(name, seed, other, budget):
     scores = draw_scores(name, seed, 9)
     scaled = {layer: 2.0 ** (other * i % 7 - 3) * own for i, (layer, own) in enumerate(scores.items())}
@@ -777,6 +780,7 @@ def test_global_budgets_see_no_scale_of_a_layer(name, seed, other, budget):
 
 
 @given(st.sampled_from(CASES), st.integers(0, 99), st.sampled_from(["mean", "max", "min"]))
+@settings(max_examples=12)
 def test_global_sees_only_the_order_within_a_layer(name, seed, fold):
     scores = draw_scores(name, seed, 9)
     bent = {layer: (own / (i + 1)).exp() - i for i, (layer, own) in enumerate(scores.items())}
@@ -784,6 +788,7 @@ def test_global_sees_only_the_order_within_a_layer(name, seed, fold):
 
 
 @given(st.integers(0, 99))
+@settings(max_examples=12)
 def test_uniform_sees_only_the_order_within_a_layer(seed):
     scores = draw_scores("chain", seed, 9)
     assert same_plans("chain", scores, {layer: (own - 5) ** 3 for layer, own in scores.items()}, "uniform")

@@ -196,7 +196,7 @@ def weighted_harm(scores, power=2):
 
 
 @given(st.data())
-@settings(max_examples=25)
+@settings(max_examples=20)
 def test_search_against_plain_loops(data):
     name = data.draw(st.sampled_from(["chain", "residual", "mixed"]))
     own, scores = case(name), draw_scores(name, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([3, 1000])))
