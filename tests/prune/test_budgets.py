@@ -246,7 +246,7 @@ def by_hand(
         target = macs_without(name, {}) * (1 - ratio)
         fits = [total for total in range(len(queue) + 1) if macs_without(name, first(total)) <= target]
         if not fits:
-            return f"cannot come down to {target:,.0f}: {macs_without(name, first(len(queue))):,} is the least"
+            return f": {macs_without(name, first(len(queue))):,} is the least"
         if last:
             return first(fits[0]), first(fits[0] - 1)
         gone = first(fits[0])

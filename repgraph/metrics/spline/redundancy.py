@@ -123,12 +123,15 @@ def redundant_units(d: Tensor, ratio: float, norms: Tensor) -> list[int]:
     unknown = left.isnan().sum(1) >= len(d) - 1
     dead = unknown & (norms == 0) if unknown.all() else unknown  # beside dead units alone a live one is unknown too
     dropped: list[int] = dead.nonzero().flatten().tolist()[:count]
-    left = left.nan_to_num(torch.inf)
-    while len(dropped) < count:
-        pair = divmod(int(left.argmin()), len(d))
-        out = min(pair, key=lambda unit: float(norms[unit]))
-        dropped.append(out)
-        left[out] = left[:, out] = torch.inf
+    row, col = torch.triu_indices(len(d), len(d), 1)
+    order = left.nan_to_num(torch.inf)[row, col].sort(stable=True).indices
+    gone, size = set(dropped), norms.tolist()
+    for pair in zip(row[order].tolist(), col[order].tolist(), strict=True):
+        if len(dropped) >= count:
+            break
+        if gone.isdisjoint(pair):
+            dropped.append(min(pair, key=lambda unit: size[unit]))
+            gone.add(dropped[-1])
     return dropped
 
 
