@@ -155,7 +155,8 @@ def demo(out: str) -> None:
     files = write_pruned(out, repaired, results, title="repgraph demo: a smaller network", text=text)
     click.echo(f"\n{repaired.plan!r}\n\n{results.round(4).to_string()}\n\nwrote " + ", ".join(map(str, files)))
     independence = filter_scores(model, train, "chip", samples=128)
-    cut = prune_filters(model, data, plan_filters(model, data, independence, _CUT, of="macs", by="chip"))
+    one = data[0][:1]
+    cut = prune_filters(model, one, plan_filters(model, one, independence, _CUT, of="macs", by="chip"))
     refitted = repair(model, cut, train)
     models = {
         "whole": model,

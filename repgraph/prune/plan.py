@@ -180,8 +180,10 @@ class Plan:
 
 def _shortened(value: object) -> str:
     """Of long lists the first few entries and how many there are."""
-    if isinstance(value, Mapping) and len(value) > 4:
-        return f"{len(value)} entries"
+    if isinstance(value, Mapping):
+        return (
+            f"{len(value)} entries" if len(value) > 4 else ", ".join(f"{k} {_shortened(v)}" for k, v in value.items())
+        )
     if isinstance(value, list | tuple):
         some = ", ".join(map(str, value[:8]))
         return f"{some}, ... ({len(value)})" if len(value) > 8 else some

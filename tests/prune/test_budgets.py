@@ -302,7 +302,7 @@ def all_widths():
 
 
 @given(st.integers(1, 40).flatmap(lambda b: st.tuples(st.integers(0, b - 1), st.just(b))))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_uniform_removes_the_floor_of_every_width(share):
     """In whole numbers: of C filters floor(C a / b) go for ratio a / b, whatever binary rounding makes of it."""
     a, b = share

@@ -196,7 +196,7 @@ def weighted_harm(scores, power=2):
 
 
 @given(st.data())
-@settings(max_examples=20)
+@settings(max_examples=15)
 def test_search_against_plain_loops(data):
     name = data.draw(st.sampled_from(["chain", "residual", "mixed"]))
     own, scores = case(name), draw_scores(name, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([3, 1000])))
@@ -232,7 +232,7 @@ def test_search_against_plain_loops(data):
 
 
 @given(st.integers(0, 99), st.lists(st.integers(1, 48), min_size=2, max_size=2, unique=True))
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_smaller_budgets_go_further_along_the_same_path(seed, reductions):
     """Check 3."""
     own, scores = case("chain"), draw_scores("chain", seed)
