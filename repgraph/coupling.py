@@ -441,7 +441,7 @@ def mask_channels(model: nn.Module, removed: Removed) -> Callable[[], None]:
 
     @torch.no_grad()
     def undo() -> None:
-        for tensor, before in kept:
+        for tensor, before in reversed(kept):  # a tied tensor is in there twice
             tensor.copy_(before)
 
     for (name, side), channels in removed.items():
@@ -452,7 +452,8 @@ def mask_channels(model: nn.Module, removed: Removed) -> Callable[[], None]:
             transposed = getattr(module, "transposed", False)
             for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 if key in ("weight", "bias", "running_mean"):
-                    fill(tensor, 1 if transposed and key == "weight" else 0, channels)
+                    turned = transposed and key == "weight"  # (in, out / groups, ...)
+                    fill(tensor, int(turned), channels % tensor.shape[1] if turned else channels)
     return undo
 
 

@@ -1,5 +1,7 @@
 """Hypothesis draws the same examples in every run, without a time limit for one; plots touch nothing global."""
 
+import gc
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
@@ -8,6 +10,12 @@ from hypothesis import settings
 
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("fixed")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -8,15 +8,14 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from repgraph.channels import CONVS
-from repgraph.coupling import ChannelGroup, Place, mask_channels
+from repgraph.coupling import ChannelGroup, Place, mask_channels, with_slots
 from repgraph.operations import checked
 from repgraph.prune.filter_groups import FilterGroups, prepared, together
 from repgraph.prune.plan import Plan
@@ -33,7 +32,7 @@ def plan_filters(
     *,
     budget: Budget = "uniform",
     of: Literal["filters", "macs"] = "filters",
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     fold: Fold = "mean",
     min_keep: int = 1,
     round_to: int = 1,
@@ -104,24 +103,19 @@ def plan_filters(
     True
     """
     model = checked(model)
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be a number of at least 0 and below 1, got {ratio!r}")
+    _check_share(ratio, "ratio")
     if of not in ("filters", "macs"):
         raise ValueError(f"of must be 'filters' or 'macs', got {of!r}")
-    if not isinstance(budget, Mapping) and budget not in ("uniform", "global", "global_mean"):
-        raise ValueError(f"budget must be 'uniform', 'global', 'global_mean' or rates by layer, got {budget!r}")
-    if min_keep < 1 or round_to < 1:
-        raise ValueError(f"min_keep and round_to must be at least 1, got {min_keep} and {round_to}")
-    check_scores(model, scores)
-    found = groups or prepared(model, example)[1]
-    judged = unit_scores(found, scores, ignore=check_names(model, ignore, "ignore"), fold=fold, budget=budget)
-    if not judged:
-        some = "; ".join(f"{name!r}: {why}" for name, why in [*found.left.items()][:3])
-        raise ValueError(f"no layer with scores can be cut ({some or 'all are ignored'})")
+    budget = _checked_budget(model, budget)
+    _check_count(min_keep, "min_keep")
+    _check_count(round_to, "round_to")
+    ignore = check_names(model, ignore, "ignore")
+    found, judged = _judged(model, example, scores, groups, ignore, fold, budget)
     queue = _queue(judged, budget, min_keep)
     settings: dict[str, object] = {"ratio": ratio, "budget": budget, "of": of, "fold": fold}
+    settings |= {"ignore": ignore, "min_keep": min_keep, "round_to": round_to}
     if of == "macs":
-        counts = queue.fewest(found, found.macs * (1 - ratio), round_to)
+        counts = queue.fewest(found, _least(found, ratio), round_to)
     elif budget == "uniform":
         counts = [math.floor(len(values) * ratio + 1e-9) for _, values in judged]
         counts = queue.rounded([min(count, len(own)) for count, own in zip(counts, queue.units, strict=True)], round_to)
@@ -143,7 +137,7 @@ def search_widths(
     *,
     step: float = 0.02,
     min_width: int = 1,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     fold: Fold = "mean",
     by: str = "scores",
     groups: FilterGroups | None = None,
@@ -206,20 +200,18 @@ def search_widths(
     2
     """
     model = checked(model)
-    if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 0 <= reduction < 1:
-        raise ValueError(f"reduction must be a number of at least 0 and below 1, got {reduction!r}")
-    if not 0 < step < math.inf:
+    _check_share(reduction, "reduction")
+    if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
         raise ValueError(f"step must be a positive number, got {step!r}")
-    if min_width < 1:
-        raise ValueError(f"min_width must be at least 1, got {min_width}")
-    check_scores(model, scores)
-    slotted, found = prepared(model, example)
-    found = groups or found
-    judged = unit_scores(found, scores, ignore=check_names(model, skip, "skip"), fold=fold)
+    _check_count(min_width, "min_width")
+    if not callable(damage):
+        raise ValueError(f"damage must be a function of a model, got {damage!r}")
+    skip = check_names(model, skip, "skip")
+    work = with_slots(model, example).eval()
+    found, judged = _judged(model, example, scores, groups, skip, fold, "uniform")
     queue = _queue(judged, "uniform", min_width)
     counts, trace = [0] * len(judged), []
-    work = slotted.eval()
-    target, saving = found.macs * (1 - reduction), found.macs * step
+    target, saving = _least(found, reduction), found.macs * (step - 1e-9)
 
     def macs(at: Sequence[int]) -> int:
         return found.macs_after(queue.gone(at))
@@ -232,20 +224,25 @@ def search_widths(
                 place = bisect_left(wanted, -(now - saving), key=lambda at: -macs(at))
                 if place < len(wanted):
                     candidates.append((g, wanted[place]))
+            # where no layer alone can save a step, one gives all that it can
+            candidates = candidates or [
+                (g, [*counts[:g], len(own), *counts[g + 1 :]])
+                for g, own in enumerate(queue.units)
+                if counts[g] < len(own)
+            ]
             if not candidates:
-                least = macs([len(own) for own in queue.units])
-                raise ValueError(
-                    f"{target:,.0f} MACs are out of reach in steps of {saving:,.0f}: {least:,} is the least"
-                )
+                raise ValueError(f"the MACs cannot come down to {target:,.0f}: {now:,} is the least")
             tried = []
             for g, at in candidates:
                 undo = mask_channels(work, together(queue.first(at)))
-                value = float(damage(work))
+                given = damage(work)
                 undo()
-                if not math.isfinite(value):
+                value = given.detach() if isinstance(given, Tensor) else given
+                if isinstance(value, str) or value is None or not math.isfinite(value):
                     raise ValueError(
-                        f"damage must be a finite number, got {value} without filters of {judged[g][0].layers[0]!r}"
+                        f"damage must be a finite number, got {given!r} without filters of {judged[g][0].layers[0]!r}"
                     )
+                value = float(value)
                 tried.append((value, macs(at), g, at))
             value, left, g, at = min(tried)
             trace.append([judged[g][0].layers[0], len(judged[g][1]) - at[g], left, value])
@@ -255,6 +252,7 @@ def search_widths(
         fewer = [[*counts[:g], count, *counts[g + 1 :]] for count in range(before[g] + 1, counts[g] + 1)]
         counts = fewer[bisect_left(fewer, -target, key=lambda at: -macs(at))]
     settings = {"reduction": reduction, "step": step, "budget": "search", "of": "macs", "fold": fold, "trace": trace}
+    settings |= {"skip": skip, "min_width": min_width}
     return as_plan(found, queue.first(counts), scores, by=by, settings=settings)
 
 
@@ -307,8 +305,7 @@ class _Queue:
 def _queue(judged: Sequence[tuple[ChannelGroup, Tensor]], budget: Budget, min_keep: int) -> _Queue:
     queue = _Queue([], [], [], [])
     for group, values in judged:
-        # of equal values the filter of lowest number goes last
-        units = group.width - 1 - values.flip(0).sort(stable=True).indices
+        units = _ascending(values)
         if isinstance(budget, Mapping):
             rates = [float(budget[name]) for name in group.layers if name in budget]
             pace = sum(rates) / len(rates) if rates else 0.0
@@ -324,6 +321,70 @@ def _queue(judged: Sequence[tuple[ChannelGroup, Tensor]], budget: Budget, min_ke
     return queue
 
 
+def _ascending(values: Tensor) -> Tensor:
+    """The order of values; of equal ones the lowest number comes last."""
+    return len(values) - 1 - values.flip(0).sort(stable=True).indices
+
+
+def _least(found: FilterGroups, ratio: float) -> float:
+    """The MACs that a share leaves; room for the rounding of the share."""
+    return found.macs * (1 - ratio + 1e-9)
+
+
+def _judged(
+    model: nn.Module,
+    example: object,
+    scores: Mapping[str, Tensor],
+    groups: FilterGroups | None,
+    ignore: Sequence[str],
+    fold: Fold,
+    budget: Budget,
+) -> tuple[FilterGroups, list[tuple[ChannelGroup, Tensor]]]:
+    """The groups of the model and the scores of those that have some."""
+    if fold not in get_args(Fold):
+        raise ValueError(f"fold must be one of {', '.join(get_args(Fold))}, got {fold!r}")
+    check_scores(model, scores)
+    found = prepared(model, example)[1] if groups is None else groups
+    if not isinstance(found, FilterGroups) or not all(
+        isinstance(model.get_submodule(name), (*CONVS, nn.Linear))
+        and len(g.places[name, "out"][0]) <= width_of(model, name)
+        for g in found.groups
+        for name in g.layers
+    ):
+        raise ValueError("groups must be what prunable_filters gives for this model")
+    judged = unit_scores(found, scores, ignore=ignore, fold=fold, budget=budget)
+    if not judged:
+        some = "; ".join(f"{name!r}: {why}" for name, why in found.left.items() if name in scores)
+        raise ValueError(f"no layer with scores can be cut ({some or 'all are ignored'})")
+    return found, judged
+
+
+def _check_share(value: float, argument: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{argument} must be a number of at least 0 and below 1, got {value!r}")
+
+
+def _check_count(value: int, argument: str) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{argument} must be at least 1 and whole, got {value!r}")
+
+
+def _checked_budget(model: nn.Module, budget: Budget) -> Budget:
+    """Rates as plain numbers."""
+    if isinstance(budget, str) and budget in ("uniform", "global", "global_mean"):
+        return budget
+    if isinstance(budget, str) or not hasattr(budget, "items"):
+        raise ValueError(f"budget must be 'uniform', 'global', 'global_mean' or rates by layer, got {budget!r}")
+    try:
+        rates = {str(name): float(rate) for name, rate in budget.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"budget must map layers to rates, got {budget!r}") from error
+    check_names(model, list(rates), "budget")
+    if not rates or not all(0 <= rate < math.inf for rate in rates.values()) or not any(rates.values()):
+        raise ValueError(f"budget must hold rates of at least 0, one above, got {rates}")
+    return rates
+
+
 def unit_scores(
     found: FilterGroups, scores: Mapping[str, Tensor], *, ignore: Sequence[str], fold: Fold, budget: Budget = "uniform"
 ) -> list[tuple[ChannelGroup, Tensor]]:
@@ -337,7 +398,8 @@ def unit_scores(
             if name in scores:
                 own = torch.as_tensor(scores[name]).detach().double().cpu()
                 if budget == "global":
-                    own = torch.from_numpy(rankdata(own.numpy())) / len(own)
+                    own = torch.empty_like(own).scatter(0, _ascending(own), torch.arange(1.0, len(own) + 1).double())
+                    own = own / len(own)
                 elif budget == "global_mean":
                     own = own / own.abs().mean().clamp_min(torch.finfo(torch.float64).tiny)
                 channels, units = group.places[name, "out"]
@@ -362,7 +424,8 @@ def as_plan(
     for (name, side), channels in together(removed).items():
         if side == "out" and any(name in group.layers for group, _ in removed):
             filters.setdefault(name, []).extend(channels.tolist())
-    left = {name: why for name, why in found.left.items() if name in scores}
+    known = {name for group in found.groups for name in group.layers}
+    left = {name: found.left.get(name, "it does not run on the example") for name in scores if name not in known}
     macs = [found.macs, found.macs_without(removed)]
     widths = dict.fromkeys(found.parts, 0)
     for group in found.groups:
@@ -379,8 +442,7 @@ def check_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> None:
         raise ValueError(f"scores must map names of layers to one number per filter, got {type(scores).__name__}")
     check_names(model, list(scores), "scores")
     for name, own in scores.items():
-        module = model.get_submodule(name)
-        width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        width = width_of(model, name)
         values = torch.as_tensor(own)
         if values.shape != (width,):
             raise ValueError(
@@ -390,8 +452,15 @@ def check_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> None:
             raise ValueError(f"scores of {name!r} are not finite")
 
 
-def check_names(model: nn.Module, names: Sequence[str], argument: str) -> Sequence[str]:
-    """Refuse names that are no convolution or linear layer of the model."""
+def width_of(model: nn.Module, name: str) -> int:
+    """How many filters a convolution or linear layer has."""
+    module = model.get_submodule(name)
+    return module.out_features if isinstance(module, nn.Linear) else int(module.out_channels)  # type: ignore[arg-type]
+
+
+def check_names(model: nn.Module, names: str | Sequence[str], argument: str) -> list[str]:
+    """Names of convolutions and linear layers of the model; one alone counts as one."""
+    names = [names] if isinstance(names, str) else list(names)
     layers = [name for name, module in model.named_modules() if isinstance(module, (*CONVS, nn.Linear))]
     for name in names:
         if name not in layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from repgraph.activations.forward import run_example
 from repgraph.channels import CONVS
-from repgraph.cost import cost_by_module
+from repgraph.cost import cost_by_module, model_cost
 from repgraph.coupling import (
     ChannelGroup,
     Place,
-    attentions,
     channel_groups,
     cut_channels,
     mask_channels,
@@ -117,16 +116,17 @@ def prunable_filters(model: nn.Module, example: object) -> FilterGroups:
 def prepared(model: nn.Module, example: object) -> tuple[nn.Module, FilterGroups]:
     """A copy with slots, and its groups."""
     model = with_slots(model, example)
-    found = channel_groups(model, example)
-    left = {name: group.blocked for group in found if group.blocked for name in group.layers}
-    left |= {name: "they all go together" for g in found if not g.blocked and g.width == 1 for name in g.layers}
-    groups = [group for group in found if not any(name in left for name in group.layers)]
+    whole = channel_groups(model, example)
+    left = {name: group.blocked for group in whole if group.blocked for name in group.layers}
+    left |= {name: "they all go together" for g in whole if not g.blocked and g.width == 1 for name in g.layers}
+    groups = [group for group in whole if not any(name in left for name in group.layers)]
     generator = torch.Generator().manual_seed(0)
     trial = [(g, torch.randperm(g.width, generator=generator)[: (g.width + 1) // 3 or 1]) for g in groups]
     for group, reason in _culprits(model, example, trial):
         left |= dict.fromkeys(group.layers, reason)
-    groups = [group for group in groups if not any(name in left for name in group.layers)]
-    return model, FilterGroups(tuple(groups), left, *_macs(model, example, groups))
+    trial = [(group, units) for group, units in trial if not any(name in left for name in group.layers)]
+    found = FilterGroups(tuple(group for group, _ in trial), left, *_macs(model, example, trial))
+    return model, replace(found, parts={**found.parts, **_products(model, example, found, trial)})
 
 
 def together(units: Units) -> dict[Place, Tensor]:
@@ -144,7 +144,10 @@ def difference(model: nn.Module, example: object, removed: Mapping[Place, Tensor
         masked, smaller = deepcopy(model), deepcopy(model)
         if exact:
             masked, smaller = masked.double(), smaller.double()
-        mask_channels(masked, removed)
+        try:
+            mask_channels(masked, removed)
+        except IndexError:  # channels that are not there
+            return "they cannot be followed"
         try:
             expected = run_example(masked, example)
         except RuntimeError:
@@ -173,12 +176,10 @@ def _culprits(model: nn.Module, example: object, units: Units) -> list[tuple[Cha
     return found or [(group, f"{reason}, together with others") for group, _ in units]
 
 
-def _macs(
-    model: nn.Module, example: object, groups: Sequence[ChannelGroup]
-) -> tuple[int, dict[str, tuple[int, dict[Place, int]]]]:
-    """MACs of the model, and of the modules that shrink with channels."""
+def _macs(model: nn.Module, example: object, units: Units) -> tuple[int, dict[str, tuple[int, dict[Place, int]]]]:
+    """MACs of the model, and of the layers that shrink with channels."""
     table = cost_by_module(model, example)["macs"]
-    places = {place for group in groups for place in group.places}
+    places = {place for group, _ in units for place in group.places}
     parts: dict[str, tuple[int, dict[Place, int]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, CONVS):
@@ -189,10 +190,25 @@ def _macs(
             continue
         if name in table.index and places & sizes.keys():
             parts[name] = int(table[name]), {place: size for place, size in sizes.items() if place in places}
-    for name, _, _, linears in attentions(model):
-        inside = [f"{name}.{key}" if name else key for key, _ in model.get_submodule(name).named_children()]
-        cut: list[Place] = [(key, "out") for key in linears if (key, "out") in places]
-        if cut:
-            own = int(table[name] - table.reindex(inside, fill_value=0).sum())  # the products of queries and keys
-            parts[name] = own, {cut[0]: parts[cut[0][0]][1][cut[0]]}
     return int(table[""]), parts
+
+
+def _products(
+    model: nn.Module, example: object, found: FilterGroups, trial: Units
+) -> dict[str, tuple[int, dict[Place, int]]]:
+    """MACs of products of activations, as of queries and keys, that shrink with channels: measured, for each group."""
+
+    def missed(units: Units) -> int:
+        smaller = deepcopy(model)
+        cut_channels(smaller, together(units))
+        return found.macs_without(units) - model_cost(smaller, example).macs
+
+    parts: dict[str, tuple[int, dict[Place, int]]] = {}
+    if trial and missed(trial):
+        for group, units in trial:
+            place: Place = (group.layers[0], "out")
+            width = found.parts[group.layers[0]][1][place]
+            if more := missed([(group, units)]):
+                gone = len(group.removed(units)[place])
+                parts[f"products with {group.layers[0]}"] = more * width // gone, {place: width}
+    return parts

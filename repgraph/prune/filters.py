@@ -14,7 +14,7 @@ from repgraph.activations.layers import unwrap
 from repgraph.cost import Cost, model_cost
 from repgraph.coupling import ChannelGroup, cut_channels, mask_channels, without_slots
 from repgraph.operations import checked
-from repgraph.prune.budgets import Budget, Fold, check_names, plan_filters
+from repgraph.prune.budgets import Budget, Fold, check_names, plan_filters, width_of
 from repgraph.prune.filter_groups import FilterGroups, difference, prepared, together
 from repgraph.prune.plan import Plan
 from repgraph.prune.pruned import Pruned
@@ -28,7 +28,7 @@ def prune_filters(
     *,
     budget: Budget = "uniform",
     of: Literal["filters", "macs"] = "filters",
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     fold: Fold = "mean",
     min_keep: int = 1,
     round_to: int = 1,
@@ -151,11 +151,10 @@ def units_of(model: nn.Module, groups: FilterGroups, plan: Plan) -> list[tuple[C
     check_names(model, list(plan.filters), "plan")
     wanted = {name: set(channels) for name, channels in plan.filters.items() if channels}
     for name, own in wanted.items():
-        module = model.get_submodule(name)
-        width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-        if max(own) >= int(width):  # type: ignore[arg-type]
+        width = width_of(model, name)
+        if max(own) >= width:
             raise ValueError(f"plan: {name!r} has {width} filters, got number {max(own)}")
-        if len(own) == int(width):  # type: ignore[arg-type]
+        if len(own) == width:
             raise ValueError(f"plan: all {width} filters of {name!r} would go: keep at least one")
         if name in groups.left:
             raise ValueError(f"plan: the filters of {name!r} cannot be cut: {groups.left[name]}")

@@ -480,7 +480,7 @@ def test_budgets_out_of_reach():
             search(hand(), HAND_X, SCORES, recorder()[0], reduction, **options)
 
 
-@bug("refused where no layer alone can save a whole step, as in every deep network at the default step")
+@bug("refused where no layer alone can save a whole step, as in deep networks at the default step")
 @pytest.mark.parametrize(("reduction", "step"), [(0.6, 0.4), (0.5, 0.6)])
 def test_budgets_within_reach_in_large_steps(reduction, step):
     """F(3, 1) = 12 is less than both budgets."""
