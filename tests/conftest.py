@@ -11,11 +11,14 @@ from hypothesis import settings
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("fixed")
 
+gc.disable()  # until all is imported, which makes no garbage to speak of
+
 
 def pytest_collection_finish():
     """What is imported by now stays: the garbage collector need not walk through it again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

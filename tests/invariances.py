@@ -18,6 +18,7 @@ from repgraph.metrics.block_influence import block_influence
 from repgraph.metrics.feature_entropy import feature_birth, feature_entropy
 from repgraph.metrics.redundancy import redundancy
 from repgraph.metrics.relative_residual import relative_residual
+from repgraph.scores.chip import channel_independence
 
 Change = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -142,6 +143,7 @@ MAP_CHANGES: dict[str, tuple[str, Change]] = {
 MAPS: dict[str, tuple[Callable[[Tensor], float], str]] = {
     "feature_birth, mean": (lambda x: float(feature_birth(x).double().mean()), "S M T C D P"),
     "feature_entropy": (lambda x: float(feature_entropy(feature_birth(x)).entropy), "S M T C D P"),
+    "channel_independence, sum (maps as channels)": (lambda x: float(channel_independence(x[None]).sum()), "T C F H P"),
 }
 
 GATE_CHANGES: dict[str, tuple[str, Change]] = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
+import scipy.integrate
 import scipy.linalg
 import scipy.spatial
 import scipy.stats
@@ -28,6 +29,10 @@ from repgraph.metrics.angular_distance import angular_distance
 from repgraph.metrics.block_influence import block_influence
 from repgraph.metrics.redundancy import redundancy
 from repgraph.metrics.relative_residual import relative_residual
+from repgraph.scores.central_filter import map_similarity
+from repgraph.scores.chip import channel_independence
+from repgraph.scores.fsm import relu_gaussian_mean
+from repgraph.scores.hrank import feature_rank
 
 
 def samples(n: int = 60, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -356,6 +361,25 @@ def _unit_redundancy():
     return float(spline.unit_redundancy(layer).mean())
 
 
+CHANNELS = torch.relu(torch.from_numpy(np.random.default_rng(3).normal(size=(4, 6, 5, 5)))) * (torch.arange(5) < 4)
+
+
+def _independence():
+    """Nuclear norms with and without each channel, of the first image after the other."""
+    total = 0.0
+    for image in CHANNELS.flatten(2).numpy():
+        whole = np.linalg.norm(image, "nuc")
+        total += sum(whole - np.linalg.norm(np.delete(image, j, 0), "nuc") for j in range(len(image)))
+    return total / len(CHANNELS)
+
+
+def _rectified():
+    """By numerical integration over the density's upper part."""
+    pairs = zip(A[:, 0], np.abs(B[:, 0]), strict=True)
+    return sum(scipy.integrate.quad(lambda t, b=b, g=g: t * scipy.stats.norm.pdf(t, b, g), 0, max(0, b) + 12 * g,
+               points=[max(0, b)])[0] if g > 1e-9 else max(b, 0.0) for b, g in pairs)  # fmt: skip
+
+
 ROWS = [
     Row("modularity, k = 3", lambda: repgraph.modularity(_graph(), LABELS), ("sklearn", "networkx"),
         lambda: nx.community.modularity(nx.from_scipy_sparse_array(_symmetric(A, 3)), _classes())),
@@ -427,4 +451,11 @@ ROWS = [
         lambda: float(np.mean([scipy.spatial.distance.hamming(GATES[i], GATES[30 + i]) for i in range(30)]))),
     Row("unit redundancy, no biases", _unit_redundancy, ("sklearn",),
         lambda: float((1 - np.abs(cosine_similarity(A))).mean())),
+    Row("channel independence (CHIP)", lambda: float(channel_independence(CHANNELS).sum()), ("numpy",), _independence),
+    Row("mean rank of maps (HRank)", lambda: float(feature_rank(CHANNELS).mean()), ("numpy",),
+        lambda: float(np.linalg.matrix_rank(CHANNELS.numpy()).mean())),
+    Row("similarity of maps (Central Filter)", lambda: float(map_similarity(CHANNELS).mean()), ("numpy",),
+        lambda: float(np.mean([np.corrcoef(one) for one in CHANNELS.flatten(2).numpy()]))),
+    Row("mean of a rectified normal (FSM)", lambda: float(relu_gaussian_mean(X[:, 0], Y[:, 0]).sum()), ("scipy",),
+        _rectified),
 ]  # fmt: skip

@@ -35,11 +35,12 @@ def data():
 """
 
 
-def run(*arguments, cwd):
-    """The real command in a process of its own: a start takes seconds, so most tests call() it in this one."""
-    code = "import sys; from repgraph.cli import main; main()"
+def run(*commands, cwd):
+    """The real commands, one after the other in one process of their own, which takes seconds to start."""
+    code = "import sys; from repgraph.cli import main\nfor sys.argv in map(str.split, sys.stdin): main()"
+    lines = "\n".join(f"repgraph {command}" for command in commands)
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
+        [sys.executable, "-c", code], input=lines, capture_output=True, text=True, cwd=cwd, timeout=300
     )
 
 
@@ -71,10 +72,9 @@ def test_profile_command_gives_the_table_of_the_function(here, monkeypatch, caps
     assert "wrote out/profile.csv" in capsys.readouterr().out
 
 
-def test_layers_command_lists_names_and_shapes(here):
-    done = run("layers", "mine.py:net", "--input", "1,8,8", cwd=here)
-    assert done.returncode == 0, done.stderr
-    assert "8 x 4 x 4" in done.stdout
+def test_layers_command_lists_names_and_shapes(here, monkeypatch, capsys):
+    call(monkeypatch, "layers", "mine.py:net", "--input", "1,8,8")
+    assert "8 x 4 x 4" in capsys.readouterr().out
 
 
 def test_callables_of_packages_work(here, monkeypatch, capsys):
@@ -162,7 +162,8 @@ def test_mistakes_are_one_line_and_exit_code_2(here, mistake, monkeypatch, capsy
 
 
 def test_a_mistake_leaves_no_traceback_in_a_real_process(here):
-    done = run("profile", "mine.py:net", "none.npz", cwd=here)
+    done = run("layers mine.py:net --input 1,8,8", "profile mine.py:net none.npz", cwd=here)
+    assert "8 x 4 x 4" in done.stdout
     assert done.returncode == 2
     assert done.stderr.strip() == "Error: DATA none.npz: no such file"
 
