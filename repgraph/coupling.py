@@ -265,7 +265,8 @@ class _Nodes:
     def units(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(number of the place, channel, unit) of all channels."""
         nodes = np.concatenate([(number << 32) + self.of(place) for place, number in self.numbers.items()])
-        a, b = (np.searchsorted(nodes, np.concatenate(side)) for side in zip(*self.edges, strict=True))
+        pairs = zip(*(self.edges or [(nodes[:0], nodes[:0])]), strict=True)
+        a, b = (np.searchsorted(nodes, np.concatenate(side)) for side in pairs)
         graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(len(nodes), len(nodes)))
         place = nodes >> 32
         return place, nodes - (place << 32), connected_components(graph, directed=False)[1]

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -21,10 +22,6 @@ from repgraph.prune import plan_filters, prunable_filters, prune_filters, rates_
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUDGETS = ["uniform", "global", "global_mean"]
-
-
-def bug(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 # Networks whose groups and MACs are written out by hand
@@ -178,9 +175,8 @@ def unit_scores_by_hand(name, scores, budget, ignore, fold):
                 continue
             values = scores[layer].tolist()
             if budget == "global":
-                values = [
-                    (sum(b < a for b in values) + (sum(b == a for b in values) + 1) / 2) / len(values) for a in values
-                ]
+                order = order_by_hand(values)
+                values = [(order.index(channel) + 1) / len(values) for channel in range(len(values))]
             if budget == "global_mean":
                 size = sum(map(abs, values)) / len(values)
                 values = [value / size if size else 0.0 for value in values]
@@ -192,7 +188,7 @@ def unit_scores_by_hand(name, scores, budget, ignore, fold):
 
 
 def order_by_hand(values):
-    """Units in the order in which they go: of equal ones the highest number first."""
+    """Places of values from the lowest on: of equal ones the highest number first."""
     return sorted(range(len(values)), key=lambda unit: (values[unit], -unit))
 
 
@@ -273,7 +269,10 @@ def test_every_budget_against_plain_loops(data):
     scores = draw_scores(name, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([1, 3, 1000])))
     scores = {layer: scores[layer] for layer in scored}
     options = {
-        "budget": data.draw(st.sampled_from(BUDGETS) | st.dictionaries(st.sampled_from(layers), rates, min_size=1)),
+        "budget": data.draw(
+            st.sampled_from(BUDGETS)
+            | st.dictionaries(st.sampled_from(layers), rates).filter(lambda own: any(own.values()))
+        ),
         "of": data.draw(st.sampled_from(["filters", "macs"])),
         "ignore": data.draw(st.just([]) | some),
         "fold": data.draw(st.sampled_from(["mean", "max", "min"])),
@@ -328,9 +327,8 @@ def test_global_budgets_remove_the_floor_of_all(seed, budget, ratio):
     assert sum(count_cut(plan, "chain")) == round(21 * ratio)
 
 
-@bug("tied scores share one average rank, so a layer of equal scores loses nothing below 1/2 and all but 1 above")
 @pytest.mark.parametrize(("ratio", "each"), [(0.25, 2), (0.75, 6)])
-def test_global_is_uniform_where_no_layers_are_coupled(ratio, each):
+def test_global_is_uniform_on_equal_scores(ratio, each):
     model, x = one_by_one(2, 8, 8, 3), torch.zeros(1, 2, 1, 1)
     scores = {"0": torch.zeros(8), "1": torch.arange(8.0)}
     plan = plan_filters(model, x, scores, ratio, budget="global")
@@ -353,7 +351,7 @@ def test_coupled_layers_that_disagree_keep_more_under_the_global_budget():
     assert plan.filters == {"conv1": (0, 1)}  # every channel of the stream ranks 7/12 on average
 
 
-@bug("ranks are divided by the width before their mean is taken: equal means differ by rounding")
+@pytest.mark.xfail(strict=True, reason="ranks are divided by the width before they are folded: rounding parts equals")
 def test_of_equal_mean_ranks_the_lowest_number_stays():
     own, up = case("residual"), torch.arange(6.0)
     plan = plan_filters(
@@ -482,6 +480,38 @@ class Attention(nn.Module):
         return self.fc(self.out(scores.softmax(2) @ self.v(x)))
 
 
+class FusedAttention(nn.Module):
+    """One head, its queries, keys and values by one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.qkv, self.out, self.fc = nn.Linear(6, 8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.inp(x)).chunk(3, 2)
+        return self.fc(self.out((q @ k.transpose(1, 2) / 8**0.5).softmax(2) @ v))
+
+
+class LinearAttention(Attention):
+    """Keys times values first, whose MACs go with both widths."""
+
+    def forward(self, x):
+        x = self.inp(x)
+        return self.fc(self.out(self.q(x).relu() @ (self.k(x).relu().transpose(1, 2) @ self.v(x))))
+
+
+class Gram(nn.Module):
+    """Products of all pairs of channels, whose MACs go with the square of the width."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.conv(self.stem(x).relu()).relu().flatten(2)
+        return self.fc((x @ x.transpose(1, 2)).sum(2))
+
+
 class NonLocal(nn.Module):
     """A block of non-local neural networks."""
 
@@ -513,7 +543,9 @@ def transposed(groups):
 
 
 volumes = nn.Sequential(nn.Conv3d(1, 4, 2), nn.ReLU(), nn.Conv3d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(48, 2))
-hidden_products = bug("products of two activations outside of modules with a number of heads > 1 are taken for fixed")
+two_widths = pytest.mark.xfail(
+    strict=True, reason="a product whose MACs go with two widths is taken to go with each alone"
+)
 
 
 @pytest.mark.parametrize(
@@ -525,20 +557,14 @@ hidden_products = bug("products of two activations outside of modules with a num
         pytest.param(lambda: transposed(1), lambda: torch.randn(2, 3, 11), id="1-D, transposed, flattened"),
         pytest.param(lambda: volumes, lambda: torch.randn(2, 1, 4, 4, 4), id="3-D, grouped"),
         pytest.param(tiny_bert, lambda: torch.arange(10).reshape(2, 5), id="heads of BERT"),
-        pytest.param(
-            PaddedInside, lambda: torch.randn(1, 3, 6, 6), id="padded in the forward",
-            marks=bug("prunable_filters: IndexError in mask_channels"),
-        ),
-        pytest.param(
-            Flattened, lambda: torch.randn(1, 3, 4, 4), id="concatenated, flattened",
-            marks=bug("prunable_filters: IndexError in mask_channels"),
-        ),
-        pytest.param(
-            lambda: transposed(2), lambda: torch.randn(2, 3, 11), id="transposed, grouped",
-            marks=bug("prunable_filters: IndexError in mask_channels, which takes axis 1 for all output channels"),
-        ),
-        pytest.param(Attention, lambda: torch.randn(2, 5, 6), id="one head", marks=hidden_products),
-        pytest.param(NonLocal, lambda: torch.randn(1, 3, 6, 6), id="non-local block", marks=hidden_products),
+        pytest.param(PaddedInside, lambda: torch.randn(1, 3, 6, 6), id="padded in the forward"),
+        pytest.param(Flattened, lambda: torch.randn(1, 3, 4, 4), id="concatenated, flattened"),
+        pytest.param(lambda: transposed(2), lambda: torch.randn(2, 3, 11), id="transposed, grouped"),
+        pytest.param(Attention, lambda: torch.randn(2, 5, 6), id="one head"),
+        pytest.param(FusedAttention, lambda: torch.randn(2, 5, 6), id="one head of one layer"),
+        pytest.param(LinearAttention, lambda: torch.randn(2, 5, 6), id="linear attention", marks=two_widths),
+        pytest.param(NonLocal, lambda: torch.randn(1, 3, 6, 6), id="non-local block"),
+        pytest.param(Gram, lambda: torch.randn(1, 3, 6, 6), id="Gram matrix", marks=two_widths),
     ],
 )  # fmt: skip
 def test_foretold_macs_are_those_counted(make, example):
@@ -581,15 +607,19 @@ def test_macs_that_cannot_be_reached(budget):
             plan(ratio, **options)
 
 
-@bug("macs (1 - ratio) is rounded below the whole number that it is: no slack as in floor(C p + 1e-9)")
 @pytest.mark.parametrize("left", [6, 14])
 def test_macs_that_are_reached_exactly(left):
-    """On the path (4, 4), (3, 4), (3, 3), ..., (1, 1); of a batch as many times."""
+    """On the path (4, 4), (3, 4), (3, 3), ..., (1, 1); of a batch as many times. There is room of 1e-9 of the whole."""
     model, scores = one_by_one(2, 4, 4, 3), {"0": torch.arange(4.0), "1": torch.arange(4.0)}
     for batch in (1, 7, 49):
         x = torch.zeros(batch, 2, 1, 1)
-        plan = plan_filters(model, x, scores, (36 - left) / 36, of="macs")
-        assert plan.settings["macs"] == [36 * batch, left * batch]
+        groups = prunable_filters(model, x)
+        for more in (0, 9e-10):
+            plan = plan_filters(model, x, scores, (36 - left) / 36 + more, of="macs", groups=groups)
+            assert plan.settings["macs"] == [36 * batch, left * batch]
+        with nullcontext() if left > 6 else pytest.raises(ValueError, match="cannot come down"):
+            plan = plan_filters(model, x, scores, (36 - left) / 36 + 2e-9, of="macs", groups=groups)
+            assert plan.settings["macs"][1] < left * batch
 
 
 # Coupled layers
@@ -646,12 +676,12 @@ def test_layers_that_cannot_be_cut_are_named():
         plan_filters(own.model, own.example, {"fc": torch.ones(4)}, 0.5)
 
 
-@bug("only layers that run are looked at: one that does not is neither cut nor in `left`")
 def test_layers_that_do_not_run_are_named():
     model = Residual()
     model.idle = nn.Conv2d(3, 4, 1)
     scores = {**draw_scores("residual", 0), "idle": torch.ones(4)}
-    assert "idle" in plan_filters(model, torch.zeros(2, 3, 4, 4), scores, 0.5).settings["left"]
+    plan = plan_filters(model, torch.zeros(2, 3, 4, 4), scores, 0.5)
+    assert plan.settings["left"] == {"idle": "it does not run on the example"}
 
 
 # Limits
@@ -716,7 +746,7 @@ def test_layers_of_rate_0_or_without_a_rate_keep_all():
         plan = plan_filters(own.model, own.example, scores, 0.4, budget=budget, groups=found("chain"))
         assert {name: len(cut) for name, cut in plan.filters.items()} == {"1": 8}
     with pytest.raises(ValueError, match="nothing would be cut"):
-        plan_filters(own.model, own.example, scores, 0.4, budget={"0": 0.0}, groups=found("chain"))
+        plan_filters(own.model, own.example, scores, 0.4, budget={"3": 0.5}, groups=found("chain"))
 
 
 @given(st.integers(0, 99), sixty_fourths.filter(lambda ratio: ratio < 0.75))
@@ -737,16 +767,16 @@ def test_equal_rates_are_uniform_in_macs(seed, ratio):
         pytest.param(lambda values: pd.Series(values.numpy(), list("012")), id="series"),
     ],
 )
-@bug("not written as JSON, a Series is no Mapping")
 def test_rates_of_other_makes(kind):
     own, scores = case("chain"), draw_scores("chain", 0)
     values = rates_from_sensitivity([0.3, 0.1, 0.02], own.widths, 8).rates
     expected = dict(zip("012", values.tolist(), strict=True))
     plans = [
-        plan_filters(own.model, own.example, scores, 8 / 21, budget=budget, groups=found("chain")).filters
+        plan_filters(own.model, own.example, scores, 8 / 21, budget=budget, groups=found("chain"))
         for budget in (expected, kind(values))
     ]
     assert plans[0] == plans[1]
+    assert type(plans[1]).from_json(plans[1].to_json()) == plans[1]
 
 
 # Invariances
@@ -855,27 +885,19 @@ def test_wrappers_are_looked_through():
 def test_settings():
     own, scores = case("chain"), draw_scores("chain", 0)
     plan = plan_filters(
-        own.model, own.example, scores, 0.5, budget="global", of="macs", fold="max", by="noise", groups=found("chain")
-    )
+        own.model, own.example, scores, 0.5, budget="global", of="macs", fold="max", ignore="0", min_keep=2, round_to=2,
+        by="noise", groups=found("chain"),
+    )  # fmt: skip
     expected = {"ratio": 0.5, "budget": "global", "of": "macs", "fold": "max"}
+    expected |= {"ignore": ["0"], "min_keep": 2, "round_to": 2}
     assert plan.by == "noise"
     assert {name: plan.settings[name] for name in expected} == expected
     assert type(plan).from_json(plan.to_json()) == plan
 
 
-@bug("settings promise the arguments, these three are missing")
-def test_settings_hold_every_argument():
-    own, scores = case("chain"), draw_scores("chain", 0)
-    plan = plan_filters(own.model, own.example, scores, 0.5, ignore=["0"], min_keep=2, round_to=2)
-    assert [plan.settings.get(name) for name in ("ignore", "min_keep", "round_to")] == [["0"], 2, 2]
-
-
 # What is refused
 
-NAN, INF = math.nan, math.inf
-keys = bug("KeyError")
-unnamed = bug("an error of another kind, or that does not name the argument")
-accepted = bug("accepted in silence")
+NAN, INF, COUNTS = math.nan, math.inf, (0, -2, 1.5, True, "2", None)
 
 
 @pytest.mark.parametrize(
@@ -894,9 +916,8 @@ accepted = bug("accepted in silence")
         ({"budget": "local"}, "budget must be 'uniform', 'global', 'global_mean' or rates by layer, got 'local'"),
         ({"budget": None}, "budget must"),
         ({"budget": [0.5, 0.5]}, "budget must"),
-        ({"min_keep": 0}, "min_keep"),
-        ({"round_to": 0}, "round_to"),
-        ({"round_to": -2}, "round_to"),
+        *(({"min_keep": value}, f"min_keep must be at least 1 and whole, got {value!r}") for value in COUNTS),
+        *(({"round_to": value}, f"round_to must be at least 1 and whole, got {value!r}") for value in COUNTS),
         ({"ignore": ["nope"]}, "ignore: 'nope' is no convolution or linear layer"),
         ({"ignore": ["bn"]}, "ignore: 'bn' is no convolution"),
         ({"by": 3}, "by must be text, got 3"),
@@ -909,18 +930,16 @@ accepted = bug("accepted in silence")
         ({"scores": {"conv1": torch.tensor(1.0)}}, r"scores of 'conv1' must have shape \(5,\)"),
         ({"scores": {"conv1": torch.tensor([1, 2, 3, 4, NAN])}}, "scores of 'conv1' are not finite"),
         ({"scores": {"conv1": torch.tensor([1, 2, 3, 4, INF])}}, "scores of 'conv1' are not finite"),
-        pytest.param({"fold": "median"}, "fold must", marks=keys),
-        pytest.param({"fold": None}, "fold must", marks=keys),
-        pytest.param({"min_keep": 1.5}, "min_keep", marks=unnamed),
-        pytest.param({"min_keep": "2"}, "min_keep", marks=unnamed),
-        pytest.param({"round_to": 1.5}, "round_to", marks=unnamed),
-        pytest.param({"budget": {"conv1": NAN}}, "budget", marks=unnamed),
-        pytest.param({"budget": {"conv1": INF}}, "budget", marks=unnamed),
-        pytest.param({"budget": {"conv1": "much"}}, "budget", marks=unnamed),
-        pytest.param({"budget": {"conv1": -1.0, "stem": 0.5}}, "budget", marks=accepted),
-        pytest.param({"budget": {"conv1": 0.5, "conv9": 0.5}}, "budget", marks=accepted),
-        pytest.param({"budget": {}}, "budget", marks=unnamed),
-        pytest.param({"groups": "same"}, "groups", marks=unnamed),
+        ({"fold": "median"}, "fold must be one of mean, max, min, got 'median'"),
+        ({"fold": None}, "fold must"),
+        ({"budget": {}}, "budget must hold rates of at least 0, one above, got {}"),
+        ({"budget": {"conv1": 0.0}}, "budget must hold rates"),
+        ({"budget": {"conv1": NAN}}, "budget must hold rates"),
+        ({"budget": {"conv1": INF}}, "budget must hold rates"),
+        ({"budget": {"conv1": -1.0, "stem": 0.5}}, "budget must hold rates"),
+        ({"budget": {"conv1": "much"}}, "budget must map layers to rates, got {'conv1': 'much'}"),
+        ({"budget": {"conv1": 0.5, "conv9": 0.5}}, "budget: 'conv9' is no convolution"),
+        ({"groups": "same"}, "groups must be what prunable_filters gives for this model"),
     ],
 )
 def test_what_is_refused(options, message):
@@ -935,17 +954,17 @@ def test_no_model():
         plan_filters(3, torch.zeros(1), {"0": torch.ones(2)}, 0.5)
 
 
-@bug("a string is read letter by letter: layers '1' and '0' are ignored, '10' is cut")
 def test_one_name_in_place_of_a_list():
-    model = one_by_one(*[3] * 13)
-    scores = {str(i): torch.arange(3.0) for i in range(11)}
-    with pytest.raises((ValueError, TypeError), match="ignore"):
-        plan_filters(model, torch.zeros(1, 3, 1, 1), scores, 0.5, ignore="10")
+    model, x = one_by_one(*[3] * 13), torch.zeros(1, 3, 1, 1)
+    scores, groups = {str(i): torch.arange(3.0) for i in range(11)}, prunable_filters(model, x)
+    plans = [plan_filters(model, x, scores, 0.5, ignore=names, groups=groups) for names in ("10", ["10"])]
+    assert plans[0] == plans[1]
+    assert plans[0].filters == {str(i): (0,) for i in range(10)}
 
 
-@bug("the groups of another network are taken")
-def test_groups_of_another_network():
-    model, x = one_by_one(2, 9, 10, 4, 3), torch.randn(1, 2, 2, 2)
-    scores = {"0": torch.arange(9.0), "1": torch.arange(10.0)}
-    with pytest.raises(ValueError, match="groups"):
-        plan_filters(model, x, scores, 0.5, groups=found("chain"))
+@pytest.mark.xfail(strict=True, reason="other widths are taken where they are larger; other names raise AttributeError")
+@pytest.mark.parametrize("other", [(2, 9, 10, 4, 3), (2, 7, 10)], ids=["wider", "shorter"])
+def test_groups_of_another_network(other):
+    model, scores = one_by_one(*other), {"0": torch.arange(float(other[1]))}
+    with pytest.raises(ValueError, match="groups must be what prunable_filters gives for this model"):
+        plan_filters(model, torch.randn(1, 2, 2, 2), scores, 0.5, groups=found("chain"))
