@@ -288,6 +288,27 @@ def _number(value: float | None) -> str:
 INTRO = """# Which filters to cut
 
 Written by `python -m benchmarks.filters`, from the results that it keeps in `benchmarks/filters.json`.
+
+Accuracy on 2,000 JPEG test images of CIFAR-10 of ResNets that were fine-tuned on such images, after cuts to a share of
+the MACs (convolutions and linear layers, counted on the smaller network). All convolutions can be cut, the residual
+stream too. Scores and the refit see 1,000 other test images, 256 of them unless said otherwise; no labels enter but in
+Taylor and feature entropy (1,000 images).
+
+- **as cut**: nothing but the cut. **own compensation**: Central Filter's columns absorbed and its own choice within the
+  inner layers, FSM's shifted means. **refit**: the layers that read the cut filters fitted by least squares
+  (`repair`). Every method's selection gets the same refit.
+- **uniform**: every layer loses filters at one pace until the MACs are reached. `fsm` has scores for inner layers alone
+  and leaves the stream whole: to the same MACs it cuts these further.
+- **tp ...**: Torch-Pruning's own importances (GroupMagnitude p = 2, BNScale, GroupTaylor), which judge a group by all
+  its layers, readers included, under the same budget; the zero-padded shortcuts, which it cuts wrongly, are
+  held in slots for it.
+- **random**: mean and standard deviation of three seeds.
+- Budgets: `global` ranks filters over all layers by their rank within a layer, `global_mean` by score over the layer's
+  mean; `sensitivity` takes rates from the loss under half of a layer's filters dropped, three times; `search` is the
+  width search with the cross-entropy on 256 of the images as damage, in steps of 4 %.
+
+One network, one data set, one seed of training: differences of a point in the refit columns are noise (the standard
+error of an accuracy of 75 % on 2,000 images is one point).
 """
 
 
