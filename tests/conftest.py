@@ -1,12 +1,14 @@
 """Hypothesis draws the same examples in every run, without a time limit for one; plots touch nothing global."""
 
 import gc
+from io import BytesIO
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("fixed")
@@ -32,6 +34,21 @@ def nothing_global(monkeypatch):
     assert dict(mpl.rcParams) == before
     assert not shown
     plt.close("all")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Reports hold one pixel in place of each figure: writing these takes longer than all that many tests ask about."""
+    from repgraph import report
+
+    pixel = BytesIO()
+    Image.new("RGB", (1, 1)).save(pixel, "PNG")
+
+    def save(ax, path):
+        path.write_bytes(pixel.getvalue())
+        plt.close(ax.get_figure(root=True))
+
+    monkeypatch.setattr(report, "_save", save)
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_profile_command_gives_the_table_of_the_function(here, monkeypatch, capsys):
     options = ["--n", 20, "--repeats", 2, "--arg", "width=6", "--out", "out"]
     call(monkeypatch, "profile", "mine.py:net", "data.npz", *options)
@@ -235,6 +236,7 @@ def assert_values(found, expected):
 TWO = ["compare", "mine.py:net", "mine.py:net", "data.npz", "--arg-b", "width=6"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_compare_command_gives_the_tables_of_the_function(here, monkeypatch, capsys):
     call(monkeypatch, *TWO, "--n", 30, "--name-a", "four", "--name-b", "six", "--out", "out")
     printed = capsys.readouterr().out
@@ -266,6 +268,7 @@ def test_comparison_page_shows_figure_tables_and_names(here, monkeypatch):
     assert [f"<th>{name}</th>" in numbers for name in ("a: mine.py:net", "&lt;six&gt;")] == [True, True]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_compare_command_draws_its_samples_by_seed(here, monkeypatch):
     tables = {}
     for out, options in (("first", []), ("seeded", ["--seed", 3]), ("again", ["--seed", 3]), ("other", ["--seed", 4])):
@@ -290,6 +293,7 @@ def test_compare_command_draws_distances_apart(here, monkeypatch):
     assert sorted(path.name for path in (here / "alone").iterdir()) == names
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_compare_command_takes_weights_and_layers_of_each_model(here, monkeypatch):
     state = {name: value * 0.5 + 0.1 for name, value in load_model("mine.py:net").state_dict().items()}
     save_file(state, here / "w.safetensors")
@@ -303,6 +307,7 @@ def test_compare_command_takes_weights_and_layers_of_each_model(here, monkeypatc
     assert trained.loc["0", "0"] < 0.9999
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_profile_command_adds_the_similarity_to_the_previous_layer(here, monkeypatch):
     options = ["--metrics", "modularity, gbs", "--n", 20, "--repeats", 2, "--out", "out"]
     call(monkeypatch, "profile", "mine.py:net", "data.npz", *options)

@@ -55,6 +55,7 @@ def expected(metrics, data="data.npz", **options):
     return profile(load_model("mine.py:net"), load_data(data), metrics=metrics, **options)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_families_are_those_of_the_function(here, monkeypatch, capsys):
     table = profiled(monkeypatch, ",".join(FOUR), "--lam", 0.04, "--radius", 0.2)
     pd.testing.assert_frame_equal(table, expected(FOUR, lam=0.04, radius=0.2), check_dtype=False)
@@ -67,11 +68,13 @@ def test_families_are_those_of_the_function(here, monkeypatch, capsys):
     assert printed.splitlines()[-1] == "wrote out/profile.csv, out/curve.png, out/graphs.png, out/index.html"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_defaults_and_seed_are_those_of_the_function(here, monkeypatch):
     table = profiled(monkeypatch, "spline , complexity", "--seed", 3, "--memory", "40 kB")
     pd.testing.assert_frame_equal(table, expected(("complexity", "spline"), seed=3), check_dtype=False)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_page_explains_every_column_and_setting(here, monkeypatch):
     table = profiled(monkeypatch, f"gbs,cka,{','.join(FOUR)}", "--lam", 0.04, "--radius", 0.2)
     page = (here / "out/index.html").read_text()
@@ -83,6 +86,7 @@ def test_page_explains_every_column_and_setting(here, monkeypatch):
         assert setting in page
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_page_explains_every_column_without_labels(here, monkeypatch):
     table = profiled(monkeypatch, "modularity,complexity,spline", data="plain.npz")
     page = (here / "out/index.html").read_text()
@@ -107,6 +111,7 @@ def test_curve_has_one_panel_per_family(here, monkeypatch):
     assert one < three < five
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("metric", "main"),
     [

@@ -22,7 +22,7 @@ from repgraph.prune import (
 )
 from repgraph.scores.by_name import filter_scores
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 MODEL = """
 import torch

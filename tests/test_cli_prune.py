@@ -67,7 +67,7 @@ BLOCKS = [f"blocks.{i}" for i in range(5)]
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def drawn(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "compare_models", partial(compare_models, seconds=0.001))  # its latencies are no test
@@ -80,6 +80,11 @@ def here(tmp_path, monkeypatch):
     np.savez(tmp_path / "unlabelled.npz", x=x.numpy())
     np.savez(tmp_path / "words.npz", x=x.numpy(), y=np.array(["ant", "bee", "cat"])[y.numpy()])
     return tmp_path
+
+
+@pytest.fixture
+def here(drawn, no_pictures):
+    return drawn
 
 
 def call(monkeypatch, *arguments, data="data.npz", samples=SEEN):
@@ -219,15 +224,15 @@ def test_judged_on_samples_that_the_choice_has_not_seen(here, monkeypatch):
     assert (read("one")[1]["accuracy"] > read("other")[1]["accuracy"]).all()
 
 
-def test_files_are_written_and_named(here, monkeypatch, capsys):
+def test_files_are_written_and_named(drawn, monkeypatch, capsys):
     call(monkeypatch, "--layers", 2, "--out", "deep/out")
     printed = capsys.readouterr().out
-    assert sorted(path.name for path in (here / "deep/out").iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in (drawn / "deep/out").iterdir()) == sorted(FILES)
     assert printed.splitlines()[-1] == "wrote " + ", ".join(f"deep/out/{name}" for name in FILES)
     plan, table = read("deep/out")
     assert repr(plan) in printed
     assert all(name in printed for name in table.index)
-    page, picture = (here / "deep/out/pruning.html").read_text(), here / "deep/out/plan.png"
+    page, picture = (drawn / "deep/out/pruning.html").read_text(), drawn / "deep/out/plan.png"
     assert Image.open(picture).format == "PNG"
     assert base64.b64encode(picture.read_bytes()).decode() in page
     assert "<h1>mine.py:net without 2 layers</h1>" in page

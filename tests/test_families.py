@@ -224,10 +224,11 @@ def test_several_passes_give_the_same_table(model, seed):
 
 
 def test_kinds_of_data_give_the_same_table(model):
-    expected = table_of(model, metrics=ALL, seed=1, radius=0.3)
+    some = ("modularity", "complexity", "spline")
+    expected = table_of(model, metrics=some, seed=1, radius=0.3)
     batches = [(X[i : i + 10], Y[i : i + 10]) for i in range(0, N, 10)]
     for data in (batches, (b for b in batches), DataLoader(TensorDataset(X, Y), 10), (X.numpy(), Y.tolist())):
-        pd.testing.assert_frame_equal(table_of(model, data, metrics=ALL, seed=1, radius=0.3), expected)
+        pd.testing.assert_frame_equal(table_of(model, data, metrics=some, seed=1, radius=0.3), expected)
     unseeded = table_of(model, metrics=("spline",), n=15)
     found = table_of(model, (b for b in batches), metrics=("spline",), n=15)
     pd.testing.assert_frame_equal(found, unseeded)

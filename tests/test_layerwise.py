@@ -236,7 +236,7 @@ def test_kinds_of_data_give_the_same_table(model):
 
 def test_activations_give_the_same_table_as_the_model(model):
     acts = capture(model, (X, Y), "leaves", progress=False)
-    for seed in (None, *range(4)):
+    for seed in (None, 0, 1):
         found = profile_activations(acts, n=20, repeats=3, seed=seed, permutations=5, progress=False)
         expected = table_of(model, (X, Y), seed=seed)
         pd.testing.assert_frame_equal(found, expected)

@@ -205,7 +205,7 @@ def test_cosines_lie_in_minus_one_to_one(dtype):
 
 
 @given(seeds, st.integers(2, 40), st.integers(1, 30))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_parity_with_scikit_learn(seed, n, d):
     x = normal(n, d, seed=seed, dtype=torch.float64)
     k = min(5, n - 1)
@@ -234,7 +234,7 @@ MIXED = {
 @pytest.mark.parametrize("x", MIXED.values(), ids=MIXED)
 def test_block_size_changes_no_neighbour(x, monkeypatch):
     expected = sets(x)
-    for block in (1000, 100, 7):
+    for block in (1000, 7):
         monkeypatch.setattr(neighbors, "_block", lambda *_, block=block: block)
         for one, other in zip(sets(x), expected, strict=True):
             assert torch.equal(one, other)
@@ -245,7 +245,7 @@ def test_threads_change_no_neighbour(x):
     before = torch.get_num_threads()
     expected = sets(x)
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 3):
             torch.set_num_threads(threads)
             for one, other in zip(sets(x), expected, strict=True):
                 assert torch.equal(one, other)

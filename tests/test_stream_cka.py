@@ -24,7 +24,7 @@ def parts_of(*sizes):
     return torch.arange(sum(sizes)).split(sizes)
 
 
-@pytest.mark.parametrize("n", [40, 41, 42, 43, 44])
+@pytest.mark.parametrize("n", [40, 41, 43, 44])
 def test_stream_cka_is_minibatch_cka_of_the_captured_features(n):
     x = torch.randn(n, 6, generator=torch.Generator().manual_seed(3))
     features, parts = take(Net(), x), parts_of(10, 10, 10, 10, n - 40)

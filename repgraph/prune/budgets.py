@@ -345,11 +345,11 @@ def _judged(
         raise ValueError(f"fold must be one of {', '.join(get_args(Fold))}, got {fold!r}")
     check_scores(model, scores)
     found = prepared(model, example)[1] if groups is None else groups
+    known = dict(model.named_modules())
     if not isinstance(found, FilterGroups) or not all(
-        isinstance(model.get_submodule(name), (*CONVS, nn.Linear))
-        and len(g.places[name, "out"][0]) <= width_of(model, name)
-        for g in found.groups
-        for name in g.layers
+        isinstance(known.get(name), (*CONVS, nn.Linear)) and found.parts[name][1][name, "out"] == width_of(model, name)
+        for group in found.groups
+        for name in group.layers
     ):
         raise ValueError("groups must be what prunable_filters gives for this model")
     judged = unit_scores(found, scores, ignore=ignore, fold=fold, budget=budget)
@@ -407,7 +407,8 @@ def unit_scores(
                 votes.append(sums / torch.bincount(units, minlength=group.width))
         if votes:
             every = torch.stack(votes)
-            judged.append((group, {"mean": every.mean(0), "max": every.amax(0), "min": every.amin(0)}[fold]))
+            folded = {"mean": every.mean(0), "max": every.amax(0), "min": every.amin(0)}[fold]
+            judged.append((group, folded.round(decimals=12) if budget == "global" else folded))  # equal means of ranks
     return judged
 
 

@@ -126,7 +126,10 @@ def prepared(model: nn.Module, example: object) -> tuple[nn.Module, FilterGroups
         left |= dict.fromkeys(group.layers, reason)
     trial = [(group, units) for group, units in trial if not any(name in left for name in group.layers)]
     found = FilterGroups(tuple(group for group, _ in trial), left, *_macs(model, example, trial))
-    return model, replace(found, parts={**found.parts, **_products(model, example, found, trial)})
+    more, uneven = _products(model, example, found, trial)
+    left |= dict.fromkeys(uneven, "products of activations shrink with its width, and not in proportion")
+    usable = tuple(group for group in found.groups if not any(name in uneven for name in group.layers))
+    return model, replace(found, groups=usable, parts={**found.parts, **more})
 
 
 def together(units: Units) -> dict[Place, Tensor]:
@@ -195,8 +198,11 @@ def _macs(model: nn.Module, example: object, units: Units) -> tuple[int, dict[st
 
 def _products(
     model: nn.Module, example: object, found: FilterGroups, trial: Units
-) -> dict[str, tuple[int, dict[Place, int]]]:
-    """MACs of products of activations, as of queries and keys, that shrink with channels: measured, for each group."""
+) -> tuple[dict[str, tuple[int, dict[Place, int]]], set[str]]:
+    """What products of activations, as of queries and keys, save with each group: measured.
+
+    Also the layers with which they do not shrink in proportion.
+    """
 
     def missed(units: Units) -> int:
         smaller = deepcopy(model)
@@ -204,11 +210,15 @@ def _products(
         return found.macs_without(units) - model_cost(smaller, example).macs
 
     parts: dict[str, tuple[int, dict[Place, int]]] = {}
+    uneven: set[str] = set()
     if trial and missed(trial):
         for group, units in trial:
             place: Place = (group.layers[0], "out")
             width = found.parts[group.layers[0]][1][place]
-            if more := missed([(group, units)]):
+            more, one = missed([(group, units)]), missed([(group, units[:1])])
+            if more != one * len(units):
+                uneven.update(group.layers)
+            elif more:
                 gone = len(group.removed(units)[place])
                 parts[f"products with {group.layers[0]}"] = more * width // gone, {place: width}
-    return parts
+    return parts, uneven

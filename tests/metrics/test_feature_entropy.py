@@ -106,7 +106,7 @@ def test_no_rate_is_rare_at_the_limit_0_and_all_but_1_at_the_limit_1():
 
 
 @given(seeds, st.integers(2, 60), st.integers(1, 6), st.floats(0, 1), st.floats(0, 1), st.sampled_from(sorted(RARE)))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_parity_with_loops(seed, n, c, dead, min_rate, rare):
     rng = np.random.default_rng(seed)
     births = rng.integers(1, rng.integers(2, 40), (n, c)) * (rng.random((n, c)) >= dead)

@@ -13,6 +13,7 @@ import torchvision
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from repgraph.activations.layers import choose
 from repgraph.demo import digits_resnet
@@ -249,3 +250,99 @@ ARCHITECTURES = {
     "Llama": Architecture(llama, tokens, (), {"self_attn": None}, small=True),
     "T5": Architecture(t5, pairs, ("encoder.block.0", "decoder.block.0"), small=True),
 }
+
+
+# filters
+
+
+@torch.no_grad()
+def lively(model, seed=1):
+    """In eval mode, with norms, biases and heads of their own: what starts at 0 or 1 hides what is wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, float("bias" not in name), 0.2, generator)
+        elif not parameter.any():
+            nn.init.normal_(parameter, 0.0, 0.2, generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.3, generator=generator)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2, generator=generator)
+    return model.eval()
+
+
+def filter_scores(model, seed=0, names=None):
+    """A random number for each output channel of each convolution and linear layer."""
+    generator = torch.Generator().manual_seed(seed)
+    weighted = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear) and n}
+    widths = {n: m.out_features if isinstance(m, nn.Linear) else m.out_channels for n, m in weighted.items()}
+    return {n: torch.rand(width, generator=generator) for n, width in widths.items() if names is None or n in names}
+
+
+@torch.no_grad()
+def zeroed(model, example, filters):
+    """By hand: a copy whose filters are zero, with their biases, and of each norm the channels that get nothing else.
+
+    Which these are shows in a second copy, in which all that is not cut is positive.
+    """
+    model = deepcopy(model).eval()
+    for name, channels in filters.items():
+        layer, channels = model.get_submodule(name), list(channels)
+        if getattr(layer, "transposed", False):
+            each = layer.weight.shape[1]  # (in, out / groups, ...)
+            inputs = layer.in_channels // layer.groups
+            for c in channels:
+                layer.weight[c // each * inputs : (c // each + 1) * inputs, c % each] = 0
+        else:
+            layer.weight[channels] = 0
+        if layer.bias is not None:
+            layer.bias[channels] = 0
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
+    positive = deepcopy(model)
+    for parameter in positive.parameters():
+        parameter.copy_((parameter != 0) / parameter[0].numel())
+
+    def silence(norm, here, args):
+        dead = ~args[0].transpose(0, 1).flatten(1).any(1)
+        for module in (norm, here):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                if tensor is not None:
+                    tensor[dead] = 0
+
+    for name, norm in norms.items():
+        here = positive.get_submodule(name)
+        if here.running_mean is not None:
+            here.running_mean.zero_()
+            here.running_var.fill_(1)
+        here.register_forward_pre_hook(partial(silence, norm))
+    if norms:
+        given = example if isinstance(example, dict) else {"x": example}
+        given = {key: x.abs() + 1 if x.is_floating_point() else x for key, x in given.items()}
+        positive(**given) if isinstance(example, dict) else positive(given["x"])
+    return model
+
+
+def tensors(model, example):
+    """All floating tensors that the model gives in eval mode."""
+    with torch.no_grad():
+        output = model.eval()(**example) if isinstance(example, dict) else model.eval()(example)
+    leaves = tree_leaves(dict(output) if hasattr(output, "items") else output)
+    return [leaf for leaf in leaves if torch.is_tensor(leaf) and leaf.is_floating_point()]
+
+
+def apart(model, pruned, example):
+    """Largest difference in float64, relative to the largest output: (from the model with zeros, from the model)."""
+    model, smaller = deepcopy(model).double(), deepcopy(pruned.model).double()
+    given = example if isinstance(example, dict) else {"x": example}
+    given = {key: x.double() if x.is_floating_point() else x for key, x in given.items()}
+    example = given if isinstance(example, dict) else given["x"]
+    found = tensors(smaller, example)
+    differences = []
+    for other in (zeroed(model, example, pruned.plan.filters), model):
+        expected = tensors(other, example)
+        assert [a.shape for a in expected] == [b.shape for b in found]
+        differences.append(
+            max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True))
+        )
+    return tuple(differences)

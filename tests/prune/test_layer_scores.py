@@ -377,7 +377,7 @@ def test_memory_budget_gives_the_identical_table():
 
 def test_loaders_iterators_and_lists():
     model, (x, y) = digits_resnet(), digits()
-    options = {"layers": ["layer2.3", "layer3.2"], "samples": 50}
+    options = {"layers": ["layer2.3"], "by": ["modularity", "cka", "random"], "samples": 50}
     whole = scores(model, (x[:60], y[:60]), batch_size=20, **options)
     loader = DataLoader(TensorDataset(x[:60], y[:60]), batch_size=20)
     pd.testing.assert_frame_equal(scores(model, loader, **options), whole)
@@ -392,7 +392,7 @@ def test_loaders_iterators_and_lists():
 def test_labels_for_all_samples_of_an_iterator(seed):
     """As capture takes them: one label for each sample of the data, though only some of them are read."""
     model, (x, y) = digits_resnet(), digits()
-    options = {"layers": ["layer2.3"], "samples": 30, "labels": y[:60], "seed": seed}
+    options = {"layers": ["layer2.3"], "by": ["modularity"], "samples": 30, "labels": y[:60], "seed": seed}
     found = scores(model, (part for part in x[:60].split(20)), **options)
     pd.testing.assert_frame_equal(found, scores(model, x[:60], batch_size=20, **options))
 
@@ -406,13 +406,14 @@ def test_model_is_untouched():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    table = scores(model, (x, y), samples=40, seed=2)
+    some = ["layer1.0", "layer2.3", "layer3.2"]
+    table = scores(model, (x, y), layers=some, samples=40, seed=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    pd.testing.assert_frame_equal(table, scores(digits_resnet(), (x, y), samples=40, seed=2))
+    pd.testing.assert_frame_equal(table, scores(digits_resnet(), (x, y), layers=some, samples=40, seed=2))
 
 
 def test_wrapped_models():

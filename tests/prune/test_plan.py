@@ -1,6 +1,7 @@
 """Plans as plain data: JSON without loss, refusals, replay; pruned models on disk without code."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -219,10 +220,16 @@ def test_what_chose_the_layers_stays_in_the_plan():
     assert plan.model == ""  # the plan that went in is as it was
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "new" / "cut"
+    drop_layers(digits_resnet(), ["layer1.1", "layer2.2"], X).save(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
-    drop_layers(digits_resnet(), ["layer1.1", "layer2.2"], X).save(tmp_path / "new" / "cut")
-    return tmp_path / "new" / "cut"
+def folder(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "cut"))
 
 
 def test_files_are_json_and_safetensors(folder):

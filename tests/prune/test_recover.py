@@ -105,8 +105,15 @@ AFFINE = [(convs, IMAGES), (tokens_net, TOKENS), (tokens_net, ROWS)]
 
 
 @pytest.mark.parametrize(("make", "data"), AFFINE, ids=["images", "tokens", "rows"])
-@pytest.mark.parametrize("names", [["blocks.1"], ["blocks.1", "blocks.2"], ["blocks.1", "blocks.4"]])
-@pytest.mark.parametrize("ridge", [0.0, 1e-10])
+@pytest.mark.parametrize(
+    ("names", "ridge"),
+    [
+        (["blocks.1"], 0.0),
+        (["blocks.1", "blocks.2"], 0.0),
+        (["blocks.1", "blocks.4"], 0.0),
+        (["blocks.1", "blocks.4"], 1e-10),
+    ],
+)
 def test_an_affine_block_is_given_back(make, data, names, ridge):
     model = make("deep", "linear", "linear", "deep", "linear")
     pruned = drop_layers(model, names, data[:1])
@@ -177,7 +184,7 @@ def test_a_huge_penalty_leaves_a_shift():
         mend(model, pruned, IMAGES, ridge=math.inf)
 
 
-@pytest.mark.parametrize("ridge", [0.0, 1e-3, 10.0])
+@pytest.mark.parametrize("ridge", [0.0, 10.0])
 def test_the_error_on_the_fitting_data_never_grows(ridge):
     model = network()
     reestimate_batch_norm_(model, X, progress=False)

@@ -157,9 +157,9 @@ def test_models_that_are_none(refuse, model):
 
 @pytest.mark.parametrize("refuse", [drop_layers, predict_cost])
 def test_scripted_models_are_refused(refuse):
-    scripted = torch.jit.trace(digits_resnet(), IMAGES)
+    scripted = torch.jit.trace(Net(chain), X)
     with pytest.raises(ValueError, match="scripted or traced module"):
-        refuse(scripted, ["layer1.1"], IMAGES)
+        refuse(scripted, ["blocks.1"], X)
 
 
 @pytest.mark.parametrize("refuse", [drop_layers, predict_cost, lambda model, _, x: droppable_layers(model, x)])

@@ -313,7 +313,7 @@ def test_energy_loss_falls_when_it_is_minimised():
         penalty()
         optimizer = torch.optim.Adam(penalty.parameters(), lr=1e-2)
         losses = []
-        for _ in range(30):
+        for _ in range(12):
             layer(z)
             penalty()
             loss = penalty.energy_loss()

@@ -202,7 +202,7 @@ def test_layers_by_name_or_wildcard(layers, expected):
 
 
 @given(seeds, st.sampled_from(ESTIMATORS), st.sampled_from(["total", "active"]), st.sampled_from([0.01, 0.04, 0.3]))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_table_from_the_gates(seed, estimator, width, lam):
     model = drawn(Mixed() if seed % 2 else chain(), seed)
     x = data(seed)
@@ -226,7 +226,7 @@ def test_table_from_the_gates(seed, estimator, width, lam):
 
 
 @given(seeds)
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_plugin_theorems(seed):
     model, x = chain(seed), data(seed)
     table = quiet(model, x, Y, estimator="plugin").layers

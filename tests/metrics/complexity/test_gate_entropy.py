@@ -195,7 +195,7 @@ def test_parity_of_single_gates(seed, n, d):
 
 
 @given(seeds)
-@settings(max_examples=10)
+@settings(max_examples=4)
 def test_total_correlation_tends_to_the_exact_mean_over_independent_rows(seed):
     """The mean of the kernel over independent gates is a product over the gates."""
     s, _ = codes(seed, 12, 5)

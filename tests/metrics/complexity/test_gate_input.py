@@ -124,13 +124,13 @@ def test_gates_in_chunks_and_packed(monkeypatch, d, size):
         assert pairs.active == int((s.any(0) & ~s.all(0)).sum())
     z = soft(d, 16, d)
     torch.testing.assert_close(pairs_of(z).squares, (z[:, None] - z).square().sum(2), atol=1e-12, rtol=0)
-    assert total_correlation(s, lam=0.3, draws=200) == pytest.approx(_correlation_whole(s), abs=1e-9)
+    assert total_correlation(s, lam=0.3, draws=30) == pytest.approx(_correlation_whole(s), abs=1e-9)
 
 
 def _correlation_whole(s):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_CHUNK", 2**26)
-        return total_correlation(s, lam=0.3, draws=200)
+        return total_correlation(s, lam=0.3, draws=30)
 
 
 @pytest.mark.parametrize("n", [255, 256, 257, 300, 513])

@@ -162,7 +162,7 @@ def test_principal_components_of_features_and_gram_matrices(seed, n, d):
 
 
 @given(seeds, st.booleans())
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_symmetry_bounds_and_joint_permutation(seed, unbiased):
     x, y, generator = layers(seed)
     order = torch.randperm(24, generator=generator)
@@ -178,7 +178,7 @@ def test_symmetry_bounds_and_joint_permutation(seed, unbiased):
 
 
 @given(seeds, st.booleans())
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_gram_matrices_in_place_of_features(seed, unbiased):
     x, y, generator = layers(seed)
     order = torch.randperm(24, generator=generator)
@@ -201,7 +201,7 @@ def test_a_wide_gaussian_kernel_is_the_linear_one(seed):
 
 
 @given(seeds, st.integers(4, 24))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_minibatches(seed, size):
     x, y, _ = layers(seed)
     value = minibatch_cka(x, y, batch_size=size)

@@ -135,7 +135,7 @@ def test_mutual_knn_is_the_gbs_of_unweighted_directed_graphs(seed, k):
 
 
 @given(seeds)
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_all_neighbors_are_the_dense_graph(seed):
     x, y, _ = layers(seed)
     for symmetrize in ("mean", "union", "mutual", "none"):
@@ -154,7 +154,7 @@ def test_a_rotated_and_scaled_layer_gives_1(seed, k, c):
 
 
 @given(seeds, st.sampled_from([None, 1, 3, 10]), st.sampled_from(["mean", "none"]))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_symmetry_bounds_and_joint_permutation(seed, k, symmetrize):
     x, y, generator = layers(seed)
     order = torch.randperm(24, generator=generator)

@@ -116,7 +116,7 @@ def test_parity_of_svcca_with_subspace_angles(seed, n, d, variance):
 @pytest.mark.parametrize("rdm", RDMS)
 @pytest.mark.parametrize("compare", COMPARE)
 @given(seeds, st.integers(4, 24), st.integers(3, 12))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_parity_of_rsa_with_scipy(rdm, compare, seed, n, d):
     x, y, _ = layers(seed, n, d)
     expected = plain_rsa(x, y, rdm, compare)
@@ -143,7 +143,7 @@ def test_ranks(values):
 
 
 @given(seeds, st.integers(4, 20))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_gudhi_is_ripser(seed, n):
     ripser = pytest.importorskip("ripser").ripser
     x, y, _ = layers(seed, n)
@@ -204,7 +204,7 @@ def test_the_angular_distance_obeys_the_triangle_inequality(seed):
 
 
 @given(seeds, st.integers(5, 20), st.integers(1, 25))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_gram_matrices_and_prepared_layers_in_place_of_features(seed, n, d):
     x, y, generator = layers(seed, n, d)
     order = torch.randperm(n, generator=generator)

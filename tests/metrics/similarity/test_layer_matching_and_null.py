@@ -149,7 +149,7 @@ def test_the_null_shuffles_the_samples_of_the_second_layer(f, options):
 
 
 @given(seeds)
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_seeds(seed):
     x, y, _ = layers(0)
     null = similarity_null(linear_cka, x, y, permutations=4, seed=seed)
@@ -167,7 +167,7 @@ def test_the_global_random_state_is_left_alone():
 
 
 @given(seeds)
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_graphs_and_gram_matrices_in_place_of_features(seed):
     x, y, _ = layers(seed)
     for f in (linear_cka, rsa, procrustes):

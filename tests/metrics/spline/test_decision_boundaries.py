@@ -9,7 +9,7 @@ from piecewise import BOX, ZOO, at, cells, filled, layer, mlp, outputs, plane
 from torch import nn
 
 seeds = st.integers(0, 2**32 - 1)
-few = settings(max_examples=10)
+few = settings(max_examples=6)
 
 
 def with_output(net, weight, bias):

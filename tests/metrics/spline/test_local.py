@@ -15,7 +15,7 @@ from repgraph.metrics.spline import local_complexity, local_complexity_by_layer,
 from repgraph.metrics.spline.local import _changes
 
 seeds = st.integers(0, 2**32 - 1)
-few = settings(max_examples=15)
+few = settings(max_examples=8)
 
 
 def lc(net, x, **options):

@@ -11,7 +11,7 @@ from piecewise import BOX, ZOO, cells, draw, filled, layer, mlp, plane
 from repgraph import Graph
 
 seeds = st.integers(0, 2**32 - 1)
-few = settings(max_examples=10)
+few = settings(max_examples=6)
 
 
 def shared_edges(partition, tolerance=1e-9):

@@ -11,7 +11,7 @@ from torch import nn
 from repgraph.metrics.spline import max_regions_bound, region_codes, segment_regions
 
 seeds = st.integers(0, 2**32 - 1)
-few = settings(max_examples=10)
+few = settings(max_examples=6)
 
 
 def ends(shape, seed=0):
