@@ -135,12 +135,16 @@ def channel_groups(model: nn.Module, example: object) -> list[ChannelGroup]:
     roots = [
         module for module in traced.modules() if isinstance(module, (*CONVS, nn.Linear)) and module in graph.module2node
     ]
+    widest = max(
+        (side for root in roots for side in (root.weight.shape[0], root.weight.shape[1] * getattr(root, "groups", 1))),
+        default=1,
+    )
     for root in roots:
         here: Place = (names[root], "out")
         channels = np.arange(graph.get_pruner_of_module(root).get_out_channels(root))
         nodes.add(here, channels)
         try:
-            for module, side, found, of in _reached(graph, root):
+            for module, side, found, of in _reached(graph, root, widest):
                 if isinstance(module, _MIXING):
                     blocked[here] = f"{names[module]!r} ({type(module).__name__}) mixes them"
                 elif side == "out" and not graph.module2node[module].outputs:
@@ -201,7 +205,9 @@ def _has_history(value: object) -> bool:
     return isinstance(value, Tensor) and value.grad_fn is not None
 
 
-def _reached(graph: Any, root: nn.Module) -> Iterator[tuple[Any, Literal["out", "in"], np.ndarray, np.ndarray]]:
+def _reached(
+    graph: Any, root: nn.Module, widest: int
+) -> Iterator[tuple[Any, Literal["out", "in"], np.ndarray, np.ndarray]]:
     """(module, side, channels, channels of the root that they follow from) that removing the root's outputs reaches.
 
     Torch-Pruning's own search does not end on graphs with loops through rolls and splits; this one takes each pair of
@@ -227,7 +233,7 @@ def _reached(graph: Any, root: nn.Module) -> Iterator[tuple[Any, Literal["out", 
             known = seen[step.target, step.handler]
             new = [index for index in found if (index.idx, index.root_idx) not in known]
             known.update((index.idx, index.root_idx) for index in new)
-            if len(known) > _STEPS * max(width, len(found)):
+            if len(known) > _STEPS * widest:
                 raise ValueError("they come back to the same place again and again")
             if new:
                 stack.append((step.target, step.handler, new))

@@ -89,6 +89,10 @@ def prune_filters(
     if isinstance(scores, Plan):
         if ratio is not None:
             raise ValueError("ratio must be left out with a plan, which says what to cut")
+        if scores.layers:
+            raise ValueError(
+                "plan drops layers too: drop them first, and cut the filters of what is left (load_pruned does)"
+            )
         plan = scores
     elif ratio is None:
         raise ValueError("ratio must be given with scores: the share of filters or MACs that goes")
@@ -156,6 +160,8 @@ def units_of(model: nn.Module, groups: FilterGroups, plan: Plan) -> list[tuple[C
             raise ValueError(f"plan: {name!r} has {width} filters, got number {max(own)}")
         if len(own) == width:
             raise ValueError(f"plan: all {width} filters of {name!r} would go: keep at least one")
+        if name not in groups.left and not any(name in group.layers for group in groups.groups):
+            raise ValueError(f"plan: {name!r} does not run on the example, or without a gradient: it cannot be cut")
         if name in groups.left:
             raise ValueError(f"plan: the filters of {name!r} cannot be cut: {groups.left[name]}")
     found = []

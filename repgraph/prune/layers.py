@@ -135,6 +135,8 @@ def drop_layers(model: nn.Module, names: str | Sequence[str] | Plan, example: ob
     """
     model = unwrap(model)
     plan = names if isinstance(names, Plan) else Plan(layers=as_names(names))
+    if plan.filters:
+        raise ValueError("names is a plan with filters: cut them with prune_filters, after the layers")
     dropped = dropped_calls(model, plan.layers, example)
     expected = _exchanged(model, dropped, example)
     reasons = []

@@ -36,10 +36,10 @@ def load_pruned(model: nn.Module, folder: str | Path, example: object) -> Pruned
     """
     path = Path(folder)
     plan = Plan.load(path / "plan.json")
-    pruned = drop_layers(model, plan, example)
+    pruned = drop_layers(model, replace(plan, filters={}), example)
     if plan.filters:
-        cut = prune_filters(pruned.model, example, plan)
-        pruned = replace(cut, plan=pruned.plan, before=pruned.before)
+        cut = prune_filters(pruned.model, example, replace(plan, layers=(), renamed={}, repairs={}))
+        pruned = replace(cut, plan=replace(pruned.plan, filters=plan.filters), before=pruned.before)
     try:
         load_model(pruned.model, str(path / "weights.safetensors"))
     except (RuntimeError, SafetensorError) as error:

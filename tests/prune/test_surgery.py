@@ -1,12 +1,16 @@
 """The numbers of the surgery card: groups, slices bit for bit, votes, steps, offsets behind a concatenation, counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch_pruning as tp
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from repgraph.prune import Plan, prunable_filters, prune_filters
+from repgraph.demo import digits, digits_resnet
+from repgraph.prune import Plan, drop_layers, load_pruned, prunable_filters, prune_filters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -231,3 +235,34 @@ def test_bad_ratios(ratio):
 def test_plans_that_cannot_be(filters, message):
     with pytest.raises(ValueError, match=message):
         prune_filters(alive(Toy()), X, Plan(filters=filters))
+
+
+def test_layers_and_filters_of_one_plan_come_from_a_folder(tmp_path):
+    """Neither function does half of such a plan; saved, both halves come back."""
+    model, x = digits_resnet(), digits()[0][:2]
+    dropped = drop_layers(model, ["layer1.2"], x)
+    cut = prune_filters(dropped.model, x, Plan(filters={"layer1.2.conv1": (0, 5)}))  # layer1.3 of the whole model
+    both = replace(dropped.plan, filters=cut.plan.filters)
+    with pytest.raises(ValueError, match="drops layers too"):
+        prune_filters(model, x, both)
+    with pytest.raises(ValueError, match="a plan with filters"):
+        drop_layers(model, both, x)
+    replace(cut, plan=both).save(tmp_path)
+    loaded = load_pruned(digits_resnet(1), tmp_path, x)
+    assert loaded.plan == both
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), cut.model(x))
+
+
+def test_layers_that_do_not_run_are_refused():
+    model = alive(Toy())
+    model.unused = nn.Conv2d(3, 8, 1)
+    with pytest.raises(ValueError, match="'unused' does not run"):
+        prune_filters(model, X, Plan(filters={"unused": (0, 1)}))
+
+
+def test_search_for_dependencies_ends():
+    """Windows that are rolled and split bring channels back with other numbers."""
+    model = torchvision.models.SwinTransformer([4, 4], 16, [2], [2], [2, 2], num_classes=4).eval()
+    found = prunable_filters(model, torch.randn(1, 3, 32, 32))
+    assert {"features.1.0.mlp.0", "features.1.1.mlp.0"} <= {name for group in found.groups for name in group.layers}
