@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=30)
+settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile("fixed")
 
 gc.disable()  # until all is imported, which makes no garbage to speak of

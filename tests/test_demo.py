@@ -67,8 +67,9 @@ def test_demo_leaves_tables_figures_pages_plan_and_weights(demo):
     out, output = demo
     profiled = ["profile.csv", "curve.png", "graphs.png", "index.html"]
     pruned = ["plan.json", "weights.safetensors", "results.csv", "plan.png", "pruning.html"]
-    assert sorted(item.name for item in out.iterdir()) == sorted(profiled + pruned)
-    for names in (profiled, pruned):
+    assert sorted(item.name for item in out.iterdir()) == sorted([*profiled, *pruned, "filters"])
+    assert sorted(item.name for item in (out / "filters").iterdir()) == sorted(pruned)
+    for names in (profiled, pruned, [f"filters/{name}" for name in pruned]):
         assert "wrote " + ", ".join(str(out / name) for name in names) in output
     table = pd.read_csv(out / "profile.csv", index_col="layer")
     assert len(table) == 15
@@ -92,6 +93,17 @@ def test_demo_drops_repairs_and_tunes(demo):
     macs = results["macs"]
     assert macs.iloc[1] <= macs.iloc[2] == macs.iloc[3] < macs.iloc[0]
     assert all(name in output for name in results.index)
+
+
+def test_demo_cuts_filters_refits_and_tunes(demo):
+    results = pd.read_csv(demo[0] / "filters/results.csv", index_col="model")
+    whole, cut, refitted, tuned = results["accuracy"]
+    assert cut < 0.5 < whole - 0.02 < refitted
+    assert tuned == pytest.approx(whole, abs=0.02)
+    macs = results["macs"]
+    assert 0.55 * macs.iloc[0] < macs.iloc[1] <= 0.6 * macs.iloc[0]
+    plan = Plan.load(demo[0] / "filters/plan.json")
+    assert (plan.by, plan.settings["macs"]) == ("chip", macs.iloc[:2].tolist())
 
 
 def test_demo_weights_are_those_of_the_repaired_model(demo):

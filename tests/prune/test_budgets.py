@@ -351,7 +351,6 @@ def test_coupled_layers_that_disagree_keep_more_under_the_global_budget():
     assert plan.filters == {"conv1": (0, 1)}  # every channel of the stream ranks 7/12 on average
 
 
-@pytest.mark.xfail(strict=True, reason="ranks are divided by the width before they are folded: rounding parts equals")
 def test_of_equal_mean_ranks_the_lowest_number_stays():
     own, up = case("residual"), torch.arange(6.0)
     plan = plan_filters(
@@ -543,9 +542,6 @@ def transposed(groups):
 
 
 volumes = nn.Sequential(nn.Conv3d(1, 4, 2), nn.ReLU(), nn.Conv3d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(48, 2))
-two_widths = pytest.mark.xfail(
-    strict=True, reason="a product whose MACs go with two widths is taken to go with each alone"
-)
 
 
 @pytest.mark.parametrize(
@@ -562,9 +558,9 @@ two_widths = pytest.mark.xfail(
         pytest.param(lambda: transposed(2), lambda: torch.randn(2, 3, 11), id="transposed, grouped"),
         pytest.param(Attention, lambda: torch.randn(2, 5, 6), id="one head"),
         pytest.param(FusedAttention, lambda: torch.randn(2, 5, 6), id="one head of one layer"),
-        pytest.param(LinearAttention, lambda: torch.randn(2, 5, 6), id="linear attention", marks=two_widths),
+        pytest.param(LinearAttention, lambda: torch.randn(2, 5, 6), id="linear attention"),
         pytest.param(NonLocal, lambda: torch.randn(1, 3, 6, 6), id="non-local block"),
-        pytest.param(Gram, lambda: torch.randn(1, 3, 6, 6), id="Gram matrix", marks=two_widths),
+        pytest.param(Gram, lambda: torch.randn(1, 3, 6, 6), id="Gram matrix"),
     ],
 )  # fmt: skip
 def test_foretold_macs_are_those_counted(make, example):
@@ -966,7 +962,6 @@ def test_one_name_in_place_of_a_list():
     assert plans[0].filters == {str(i): (0,) for i in range(10)}
 
 
-@pytest.mark.xfail(strict=True, reason="other widths are taken where they are larger; other names raise AttributeError")
 @pytest.mark.parametrize("other", [(2, 9, 10, 4, 3), (2, 7, 10)], ids=["wider", "shorter"])
 def test_groups_of_another_network(other):
     model, scores = one_by_one(*other), {"0": torch.arange(float(other[1]))}

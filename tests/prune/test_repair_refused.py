@@ -31,7 +31,7 @@ def test_penalties_below_0_are_refused(ridge):
 
 def test_nothing_dropped_is_refused():
     model = network((1, 2, 1))
-    with pytest.raises(ValueError, match="pruned has lost no layers"):
+    with pytest.raises(ValueError, match="pruned must have lost layers"):
         mend(model, drop_layers(model, [], X[:1]), X)
 
 
