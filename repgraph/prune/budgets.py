@@ -19,6 +19,7 @@ from repgraph.coupling import ChannelGroup, Place, mask_channels, with_slots
 from repgraph.operations import checked
 from repgraph.prune.filter_groups import FilterGroups, prepared, together
 from repgraph.prune.plan import Plan
+from repgraph.scores.weight_norm import num_filters
 
 Fold = Literal["mean", "max", "min"]
 Budget = Literal["uniform", "global", "global_mean"] | Mapping[str, float]
@@ -347,7 +348,8 @@ def _judged(
     found = prepared(model, example)[1] if groups is None else groups
     known = dict(model.named_modules())
     if not isinstance(found, FilterGroups) or not all(
-        isinstance(known.get(name), (*CONVS, nn.Linear)) and found.parts[name][1][name, "out"] == width_of(model, name)
+        isinstance(known.get(name), (*CONVS, nn.Linear))
+        and found.parts[name][1][name, "out"] == num_filters(model.get_submodule(name))
         for group in found.groups
         for name in group.layers
     ):
@@ -443,7 +445,7 @@ def check_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> None:
         raise ValueError(f"scores must map names of layers to one number per filter, got {type(scores).__name__}")
     check_names(model, list(scores), "scores")
     for name, own in scores.items():
-        width = width_of(model, name)
+        width = num_filters(model.get_submodule(name))
         values = torch.as_tensor(own)
         if values.shape != (width,):
             raise ValueError(
@@ -451,12 +453,6 @@ def check_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> None:
             )
         if not bool(values.isfinite().all()):
             raise ValueError(f"scores of {name!r} are not finite")
-
-
-def width_of(model: nn.Module, name: str) -> int:
-    """How many filters a convolution or linear layer has."""
-    module = model.get_submodule(name)
-    return module.out_features if isinstance(module, nn.Linear) else int(module.out_channels)  # type: ignore[arg-type]
 
 
 def check_names(model: nn.Module, names: str | Sequence[str], argument: str) -> list[str]:

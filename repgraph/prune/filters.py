@@ -14,10 +14,11 @@ from repgraph.activations.layers import unwrap
 from repgraph.cost import Cost, model_cost
 from repgraph.coupling import ChannelGroup, cut_channels, mask_channels, without_slots
 from repgraph.operations import checked
-from repgraph.prune.budgets import Budget, Fold, check_names, plan_filters, width_of
+from repgraph.prune.budgets import Budget, Fold, check_names, plan_filters
 from repgraph.prune.filter_groups import FilterGroups, difference, prepared, together
 from repgraph.prune.plan import Plan
 from repgraph.prune.pruned import Pruned
+from repgraph.scores.weight_norm import num_filters
 
 
 def prune_filters(
@@ -155,7 +156,7 @@ def units_of(model: nn.Module, groups: FilterGroups, plan: Plan) -> list[tuple[C
     check_names(model, list(plan.filters), "plan")
     wanted = {name: set(channels) for name, channels in plan.filters.items() if channels}
     for name, own in wanted.items():
-        width = width_of(model, name)
+        width = num_filters(model.get_submodule(name))
         if max(own) >= width:
             raise ValueError(f"plan: {name!r} has {width} filters, got number {max(own)}")
         if len(own) == width:

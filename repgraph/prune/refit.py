@@ -21,6 +21,7 @@ from repgraph.channels import output_channels
 from repgraph.prune.filter_groups import prunable_filters
 from repgraph.prune.filters import units_of
 from repgraph.prune.pruned import Pruned
+from repgraph.scores.weight_norm import num_filters
 
 
 @kept_random_state()
@@ -111,14 +112,14 @@ def refit_readers(
     smaller = deepcopy(pruned.model)
     for name in readers:
         lost = len(pruned.plan.filters.get(name, ()))
-        expected, got = _outputs(model.get_submodule(name)) - lost, _outputs(smaller.get_submodule(name))
+        expected, got = num_filters(model.get_submodule(name)) - lost, num_filters(smaller.get_submodule(name))
         if expected != got:
             raise ValueError(f"pruned is no cut of this model: {name!r} must have {expected} outputs, got {got}")
     chosen: dict[str, Tensor] = {}
 
     def pick(name: str) -> Callable[[Tensor], Tensor]:
         module = model.get_submodule(name)
-        keep = [i for i in range(_outputs(module)) if i not in set(pruned.plan.filters.get(name, ()))]
+        keep = [i for i in range(num_filters(module)) if i not in set(pruned.plan.filters.get(name, ()))]
 
         def picked(y: Tensor) -> Tensor:
             rows = (
@@ -162,10 +163,6 @@ def _can_refit(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return isinstance(module, nn.Linear)
-
-
-def _outputs(module: nn.Module) -> int:
-    return module.out_features if isinstance(module, nn.Linear) else int(module.out_channels)  # type: ignore[arg-type]
 
 
 class _Reached(BaseException):  # no model may catch it

@@ -82,9 +82,9 @@ def layers_with_filters(model: nn.Module, layers: Select | None = None) -> dict[
     return found
 
 
-def num_filters(module: Layer) -> int:
-    """Number of output channels."""
-    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
+def num_filters(module: nn.Module) -> int:
+    """Number of output channels of a convolution or linear layer."""
+    return module.out_features if isinstance(module, nn.Linear) else int(module.out_channels)  # type: ignore[arg-type]
 
 
 def filter_rows(module: Layer) -> Tensor:
