@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
@@ -90,7 +89,9 @@ class Slots(nn.Module):
         return out[:, self.given]
 
 
-class _SlotsPruner(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+class _SlotsPruner:
+    """How Torch-Pruning cuts `Slots`; nothing of its base class is needed."""
+
     def prune_out_channels(self, layer: Slots, idxs: Sequence[int]) -> Slots:
         layer.given = _without(layer.given, idxs)
         return layer
@@ -176,6 +177,8 @@ def _bare(model: nn.Module) -> nn.Module:
 @kept_random_state()
 def _dependency_graph(model: nn.Module, example: object) -> Any:
     inputs = to_device(example_inputs(example), model_device(model), model_dtype(model), copy=True)
+    import torch_pruning as tp  # here, since its import takes seconds
+
     graph = tp.DependencyGraph()
     with warnings.catch_warnings(), untouched(model), torch.enable_grad():
         warnings.simplefilter("ignore")
@@ -218,6 +221,8 @@ def _reached(
     handler = start.prune_out_channels
     width = start.get_out_channels(root)
     if isinstance(root, CONVS) and root.groups == root.out_channels > 1:
+        import torch_pruning as tp
+
         handler = tp.prune_depthwise_conv_out_channels
     seen: dict[tuple[Any, Any], set[tuple[int, int]]] = defaultdict(set)
     stack = [(node, handler, [_Index(i, i) for i in range(width)])]
@@ -396,6 +401,8 @@ def attentions(model: nn.Module) -> Iterator[tuple[str, str, int, list[str]]]:
 def cut_channels(model: nn.Module, removed: Removed) -> None:
     """Remove channels from modules and parameters, in place, and count attention heads anew."""
     before: dict[str, int] = {name: m.out_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    import torch_pruning as tp  # here, since its import takes seconds
+
     graph = tp.DependencyGraph()
     graph.register_customized_layer(Slots, _SlotsPruner())
     parameters = dict(model.named_parameters())
