@@ -8,6 +8,7 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "prune")
 
 import invariances as table  # noqa: E402
 from architectures import ARCHITECTURES, examine  # noqa: E402
+from filter_architectures import CASES, examine_filters  # noqa: E402
 from parity import ROWS  # noqa: E402
 
 _PROJECTS = {"bct": "bctpy", "cka": "pytorch-cka", "sklearn": "scikit-learn"}
@@ -80,6 +81,24 @@ def architectures() -> str:
     for name, architecture in ARCHITECTURES.items():
         lines.append(f"- **{name}**, {f'`{architecture.refused[0]}`' if architecture.refused else 'all blocks'}:")
         lines.append(f"  {examine(name).refusal}")
+    lines += [
+        "",
+        "# Which filters can be cut from which architecture",
+        "",
+        "Half of the filters of every group, by random scores, in small networks of these kinds with random weights",
+        "(`tests/prune/filter_architectures.py`, whose rows are also tests). Layers: convolutions and linear ones that",
+        "lost filters. Difference: from a copy whose filters were set to zero by hand, without repgraph, in float64,",
+        "relative to the largest output. MACs: the share that is left, as foretold in every case. Left alone:",
+        "how many layers, and why.",
+        "",
+        "| architecture | layers | difference | MACs | left alone |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for name in CASES:
+        cut = examine_filters(name)
+        small = f"{cut.from_zeros:.0e}" if cut.from_zeros > 1e-12 else "< 1e-12"
+        own = [small, f"{100 * cut.macs:.0f} %"] if cut.layers else ["", ""]
+        lines.append(f"| {name} | {cut.layers} of {cut.total} | {' | '.join(own)} | {cut.left} |")
     return "\n".join(lines) + "\n"
 
 

@@ -20,8 +20,9 @@ SCORES = {  # score -> colour, marker
     "taylor": ("#56B4E9", "v"),
     "chip": ("#D55E00", "o"),
     "hrank": ("#E69F00", "s"),
+    "fsm": ("#000000", "*"),
     "central_filter": ("#CC79A7", "D"),
-    "tp magnitude": ("#009E73", "P"),
+    "tp taylor": ("#009E73", "P"),
     "random": ("#999999", "x"),
 }
 BUDGETS = {
@@ -58,14 +59,14 @@ def draw(ax: Axes, kept: Kept, lines: Mapping[str, tuple[str, str]], state: str,
 def main() -> None:
     mpl.use("Agg")
     kept = Kept(filters.KEPT)
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 6.6), layout="constrained", sharey=True, sharex=True)
+    figure, axes = plt.subplots(2, 2, figsize=(9.5, 6.6), layout="constrained", sharey="col", sharex=True)
     for row, (lines, title) in enumerate(
         ((SCORES, "every score, uniform budget"), (BUDGETS, f"every budget, score {filters.BUDGET_SCORE}"))
     ):
         for column, (state, what) in enumerate((("cut", "as cut"), ("refit", "after the least-squares refit"))):
             draw(axes[row, column], kept, lines, state, budgets=row == 1)
             axes[row, column].set_title(f"ResNet-20, {title}: {what}", size=9.5)
-        axes[row, 0].legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.92))
+        axes[row, 1].legend(fontsize=7.5, frameon=False, loc="lower right")
         axes[row, 0].set_ylabel("accuracy on 2,000 test images, %")
     for ax in axes[1]:
         ax.set_xlabel("MACs left, %")

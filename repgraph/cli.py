@@ -157,7 +157,7 @@ def demo(out: str) -> None:
     independence = filter_scores(model, train, "chip", samples=128)
     one = data[0][:1]
     cut = prune_filters(model, one, plan_filters(model, one, independence, _CUT, of="macs", by="chip"))
-    refitted = repair(model, cut, train)
+    refitted = repair(model, cut, train, samples=200)
     models = {
         "whole": model,
         f"filters cut, {100 * _CUT:.0f} % of the MACs": cut.model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -27,6 +28,7 @@ Removed: TypeAlias = Mapping[Place, Tensor]
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 _MIXING = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
+_STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 _STEPS = 4  # how often a channel may come back to a place before it is given up
 
 
@@ -83,10 +85,9 @@ class Slots(nn.Module):
         return len(self.taken) == self.width and len(self.given) == self.total
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        whole = x.new_zeros(x.shape[0], self.width, *x.shape[2:])
-        whole[:, self.taken] = x
+        whole = x.new_zeros(x.shape[0], self.width, *x.shape[2:]).index_copy(1, self.taken, x)
         out: Tensor = self.inner(whole)
-        return out[:, self.given]
+        return out.index_select(1, self.given)
 
 
 class _SlotsPruner:
@@ -124,20 +125,26 @@ def channel_groups(model: nn.Module, example: object) -> list[ChannelGroup]:
     """The groups of channels of all convolutions and linear layers, as far as Torch-Pruning tells; not yet verified.
 
     The model must have its `Slots` already (`with_slots`). Torch-Pruning's relations between pairs of channels are
-    closed to units, with those of grouped convolutions (the same place in every group), of attention heads and of
-    `Slots` added. Groups that reach the output, a normalisation over channels or an embedding are marked as blocked.
+    closed to units, with those of grouped convolutions (the same place in every group), of attention heads, of
+    layers with one weight and of `Slots` added. Groups that reach the output, a normalisation over channels or an
+    embedding are marked as blocked. Layers that run in training only (auxiliary heads) are followed, too.
     """
     traced = _bare(model)
+    weighted = {module for module in traced.modules() if isinstance(module, (*CONVS, nn.Linear))}
     graph = _dependency_graph(traced, example)
+    if silent := weighted - graph.module2node.keys():
+        with suppress(ValueError):  # batch norms may refuse a small example in training
+            more = _dependency_graph(traced, example, training=True)
+            if (weighted - silent) < (weighted & more.module2node.keys()):
+                graph = more
     names = {module: name for name, module in traced.named_modules()}
     names |= {parameter: name for name, parameter in traced.named_parameters()}
     nodes = _Nodes()
     blocked: dict[Place, str] = {}
-    roots = [
-        module for module in traced.modules() if isinstance(module, (*CONVS, nn.Linear)) and module in graph.module2node
-    ]
+    order = [module for module in traced.modules() if module in weighted and module in graph.module2node]
+    roots = order + [module for module in traced.modules() if isinstance(module, Slots)]
     widest = max(
-        (side for root in roots for side in (root.weight.shape[0], root.weight.shape[1] * getattr(root, "groups", 1))),
+        (side for root in order for side in (root.weight.shape[0], root.weight.shape[1] * getattr(root, "groups", 1))),
         default=1,
     )
     for root in roots:
@@ -150,16 +157,36 @@ def channel_groups(model: nn.Module, example: object) -> list[ChannelGroup]:
                     blocked[here] = f"{names[module]!r} ({type(module).__name__}) mixes them"
                 elif side == "out" and not graph.module2node[module].outputs:
                     blocked[here] = "they are the model's output"
-                elif module in names:  # and no operation of Torch-Pruning's own
+                elif module in names and not _is_shared_slope(module):  # and no operation of Torch-Pruning's own
                     nodes.join(here, of, (names[module], side), found)
         # Torch-Pruning gives up on some networks with errors of any kind: these channels stay.
         except Exception as error:
             blocked[here] = f"they cannot be followed ({type(error).__name__}: {error})"
     for module, name in names.items():
         _join_within(nodes, module, name)
-    for _, _, heads, linears in attentions(traced):
-        nodes.join_runs([(name, "out") for name in linears], heads)
-    return _grouped(nodes, blocked, [names[root] for root in roots])
+    for name, _, heads, linears in attentions(traced):
+        nodes.join_heads(name, heads, [(linear, "out") for linear in linears])
+    for owners in _shared_parameters(traced):
+        first, *others = [names[module] for module, key in owners if key == "weight" and module in weighted] or [""]
+        for other in others:
+            nodes.join_alike((first, "out"), (other, "out"))
+            nodes.join_alike((first, "in"), (other, "in"))
+    return _grouped(nodes, blocked, [names[root] for root in order])
+
+
+def _is_shared_slope(module: object) -> bool:
+    """Whether it is a PReLU with one slope for all channels, which has no channels of its own."""
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
+
+
+def _shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """(module, attribute) of all that hold one parameter, for parameters that several hold."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].append((module, key))
+    return [own for own in owners.values() if len(own) > 1]
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -175,7 +202,7 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 @kept_random_state()
-def _dependency_graph(model: nn.Module, example: object) -> Any:
+def _dependency_graph(model: nn.Module, example: object, *, training: bool = False) -> Any:
     inputs = to_device(example_inputs(example), model_device(model), model_dtype(model), copy=True)
     import torch_pruning as tp  # here, since its import takes seconds
 
@@ -186,7 +213,7 @@ def _dependency_graph(model: nn.Module, example: object) -> Any:
             graph.build_dependency(
                 model,
                 inputs,
-                forward_fn=call_model,
+                forward_fn=_in_training if training else call_model,  # Torch-Pruning switches to eval
                 output_transform=lambda out: [t for t in tree_leaves(_plain(out)) if _has_history(t)],
                 customized_pruners={Slots: _SlotsPruner()},
                 verbose=False,
@@ -197,6 +224,12 @@ def _dependency_graph(model: nn.Module, example: object) -> Any:
                 f"Torch-Pruning cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
             ) from error
     return graph
+
+
+def _in_training(model: nn.Module, inputs: object) -> object:
+    for module in model.modules():
+        module.training = not isinstance(module, _STOCHASTIC)
+    return call_model(model, inputs)
 
 
 def _plain(output: object) -> object:
@@ -282,15 +315,22 @@ class _Nodes:
         place = nodes >> 32
         return place, nodes - (place << 32), connected_components(graph, directed=False)[1]
 
-    def join_runs(self, places: Sequence[Place], runs: int) -> None:
-        """Of those places that go together, join the channels of each of so many runs of equal length."""
+    def join_alike(self, a: Place, b: Place) -> None:
+        """Join the channels of the same number of two places, where one of them is known."""
+        known = [place for place in (a, b) if place in self.numbers]
+        if known and a != b:
+            channels = self.of(known[0])
+            self.join(a, channels, b, channels)
+
+    def join_heads(self, attention: str, heads: int, places: Sequence[Place]) -> None:
+        """Of those places that go together, join the channels of each head: to the head, a channel of the attention."""
         where, _, unit = self.units()
         own = {place: set(unit[where == self.numbers[place]]) for place in places if place in self.numbers}
         for place, units in own.items():
             if any(units & others for other, others in own.items() if other != place):
                 channels = self.of(place)
-                size = (int(channels.max()) + 1) // runs
-                self.join(place, channels, place, channels // size * size)
+                size = (int(channels.max()) + 1) // heads
+                self.join(place, channels, (attention, "out"), channels // size)
 
     def join_same_places(self, place: Place, groups: int, width: int) -> None:
         """Join the channels at the same place of every group."""
@@ -305,7 +345,9 @@ def _join_within(nodes: _Nodes, module: object, name: str) -> None:
         nodes.join_same_places((name, "out"), module.groups, module.out_channels)
         nodes.join_same_places((name, "in"), module.groups, module.in_channels)
     elif isinstance(module, Slots):
-        nodes.join((name, "in"), np.arange(module.width), (name, "out"), np.array(module.places))
+        given, places = module.given.tolist(), [module.places[channel] for channel in module.taken.tolist()]
+        taken = np.array([i for i, place in enumerate(places) if place in given], dtype=int)
+        nodes.join((name, "in"), taken, (name, "out"), np.array([given.index(places[i]) for i in taken], dtype=int))
 
 
 def _grouped(nodes: _Nodes, blocked: Mapping[Place, str], order: Sequence[str]) -> list[ChannelGroup]:
@@ -346,7 +388,8 @@ def with_slots(model: nn.Module, example: object) -> nn.Module:
 
     for name, module in bare.named_modules():
         own = not type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None
-        if name and own and not [*module.parameters(), *module.buffers()]:
+        held = isinstance(bare.get_submodule(name.rpartition(".")[0]), Slots)
+        if name and own and not held and not [*module.parameters(), *module.buffers()]:
             watch(name, module)
     run_example(bare, example)
     for name, (x, out) in seen.items():
@@ -397,10 +440,13 @@ def attentions(model: nn.Module) -> Iterator[tuple[str, str, int, list[str]]]:
             yield name, attribute, heads, [prefix + key for key, m in linears.items() if m.out_features % heads == 0]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def cut_channels(model: nn.Module, removed: Removed) -> None:
-    """Remove channels from modules and parameters, in place, and count attention heads anew."""
-    before: dict[str, int] = {name: m.out_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    """Remove channels from modules and parameters, in place; attention heads are counted anew, one weight stays one."""
+    widths = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    counted = {name: (attribute, heads, linears) for name, attribute, heads, linears in attentions(model)}
+    shared = _shared_parameters(model)
     import torch_pruning as tp  # here, since its import takes seconds
 
     graph = tp.DependencyGraph()
@@ -413,22 +459,24 @@ def cut_channels(model: nn.Module, removed: Removed) -> None:
             _cut_parameter(model, name, channels)
             continue
         module = model.get_submodule(name)
+        if name in counted:
+            attribute, heads, linears = counted[name]
+            left = heads - len(channels)
+            for width in {widths[linear] for linear in linears if len(removed.get((linear, "out"), ()))}:
+                for other, value in list(vars(module).items()):
+                    if type(value) is int and value == width:
+                        setattr(module, other, width * left // heads)
+            setattr(module, attribute, left)
+            continue
         pruner = graph.get_pruner_of_module(module)
         flags = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
         prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
         prune(module, channels.tolist())
         for parameter, flag in zip(module.parameters(recurse=False), flags, strict=True):
             parameter.requires_grad_(flag)
-    for name, attribute, heads, linears in list(attentions(model)):
-        module = model.get_submodule(name)
-        cut = [key for key in linears if len(removed.get((key, "out"), ()))]
-        for key in cut[:1]:
-            width = before[key]
-            left = width - len(removed[key, "out"])
-            for other, value in list(vars(module).items()):
-                if type(value) is int and value == width:
-                    setattr(module, other, left)
-            setattr(module, attribute, heads * left // width)
+    for (first, key), *others in shared:
+        for module, other in others:
+            setattr(module, other, getattr(first, key))
 
 
 def _cut_parameter(model: nn.Module, name: str, channels: Tensor) -> None:
@@ -440,6 +488,7 @@ def _cut_parameter(model: nn.Module, name: str, channels: Tensor) -> None:
     setattr(module, key, nn.Parameter(old.index_select(axis, keep), requires_grad=old.requires_grad))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def mask_channels(model: nn.Module, removed: Removed) -> Callable[[], None]:
     """Set what makes these channels to zero, in place: filters, biases, scales, shifts and means of norms, parameters.

@@ -1,8 +1,7 @@
 """Smaller models: scores of layers, plans, their removal, and the repair of the cut."""
 
+from repgraph.evaluation import compare_models, evaluate_classifier
 from repgraph.prune.budgets import plan_filters, search_widths
-from repgraph.prune.classifier import evaluate_classifier
-from repgraph.prune.comparison import compare_models
 from repgraph.prune.filter_groups import FilterGroups, prunable_filters
 from repgraph.prune.filters import mask_filters, prune_filters
 from repgraph.prune.layers import drop_layers, droppable_layers, predict_cost

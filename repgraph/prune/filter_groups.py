@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from html import escape
+from itertools import product
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from repgraph.activations.batches import example_inputs
 from repgraph.activations.forward import run_example
 from repgraph.channels import CONVS
 from repgraph.cost import cost_by_module, model_cost
@@ -21,8 +24,8 @@ from repgraph.coupling import (
     mask_channels,
     with_slots,
 )
-from repgraph.operations import checked
-from repgraph.prune.agreement import agree
+from repgraph.operations import checked, without_data
+from repgraph.outputs import agree
 
 Units = Sequence[tuple[ChannelGroup, Tensor]]
 """Groups, and the units of each that go."""
@@ -94,14 +97,17 @@ def prunable_filters(model: nn.Module, example: object) -> FilterGroups:
     Notes
     -----
     Torch-Pruning's dependency graph tells which channels depend on one another. It is silently wrong on some networks
-    (chunks that go different ways, channel shuffles, slices by number, attention), so a third of the units is cut from
-    a copy and the result compared, in float64, with the model in which they are set to zero: filters, biases, scales
-    and shifts of norms. Where they differ, the groups to blame are found by halving and left alone. A layer
-    whose activation does not map 0 to 0 is left alone by the same test.
+    (chunks that go different ways, channel shuffles, slices by number, attention), so random units, of half of the
+    groups and then of all, are cut from a copy and the result compared, in float64, with the model in which they are
+    set to zero: filters, biases, scales and shifts of norms. Weights and example have as much noise added for it as
+    they vary themselves, so that zeros and channels that never fire hide nothing. Where the two differ, the groups to
+    blame are found by halving and left alone. A layer whose activation does not map 0 to 0 is left alone by the same
+    test.
 
     Handled beyond Torch-Pruning: shortcuts that pad with zero channels (the channels of the stages are followed
     through them, so that the stream of a CIFAR ResNet is cut exactly), attention heads as units where the number of
-    heads is an attribute of the module, graphs on which its search does not end, frozen parameters, hooks.
+    heads is an attribute of the module, auxiliary heads that run in training only (followed, not compared), layers that
+    share one weight (they still do afterwards), graphs on which its search does not end, frozen parameters, hooks.
 
     Examples
     --------
@@ -113,21 +119,31 @@ def prunable_filters(model: nn.Module, example: object) -> FilterGroups:
     return prepared(checked(model), example)[1]
 
 
+@torch.inference_mode(False)
 def prepared(model: nn.Module, example: object) -> tuple[nn.Module, FilterGroups]:
     """A copy with slots, and its groups."""
+    if without_data(model, example):
+        raise ValueError("model and example must hold data, got some on the meta device or fake")
     model = with_slots(model, example)
     whole = channel_groups(model, example)
     left = {name: group.blocked for group in whole if group.blocked for name in group.layers}
     left |= {name: "they all go together" for g in whole if not g.blocked and g.width == 1 for name in g.layers}
     groups = [group for group in whole if not any(name in left for name in group.layers)]
     generator = torch.Generator().manual_seed(0)
-    trial = [(g, torch.randperm(g.width, generator=generator)[: (g.width + 1) // 3 or 1]) for g in groups]
-    for group, reason in _culprits(model, example, trial):
-        left |= dict.fromkeys(group.layers, reason)
+    some = torch.randperm(len(groups), generator=generator)[: (len(groups) + 1) // 2].tolist()
+    # Half of the groups show what cannot go alone. In the second trial chunks of one layer lose different numbers, so
+    # that none is taken for another.
+    for chosen, thirds in ((some, (1, 1)), (range(len(groups)), (2, 1))):
+        trial: list[tuple[ChannelGroup, Tensor]] = []
+        for group in (groups[i] for i in chosen if not any(name in left for name in groups[i].layers)):
+            count = max(1, group.width * thirds[len(trial) % 2] // 3)
+            trial.append((group, torch.randperm(group.width, generator=generator)[:count]))
+        for group, reason in _culprits(model, example, trial):
+            left |= dict.fromkeys(group.layers, reason)
     trial = [(group, units) for group, units in trial if not any(name in left for name in group.layers)]
     found = FilterGroups(tuple(group for group, _ in trial), left, *_macs(model, example, trial))
     more, uneven = _products(model, example, found, trial)
-    left |= dict.fromkeys(uneven, "products of activations shrink with its width, and not in proportion")
+    left |= uneven
     usable = tuple(group for group in found.groups if not any(name in uneven for name in group.layers))
     return model, replace(found, groups=usable, parts={**found.parts, **more})
 
@@ -141,30 +157,65 @@ def together(units: Units) -> dict[Place, Tensor]:
     return {place: torch.cat(parts) for place, parts in found.items()}
 
 
+@torch.inference_mode(False)
 def difference(model: nn.Module, example: object, removed: Mapping[Place, Tensor]) -> str:
-    """Why the model cannot do without these channels; empty where cutting them is the same as setting them to zero."""
-    for exact in (True, False):
-        masked, smaller = deepcopy(model), deepcopy(model)
-        if exact:
-            masked, smaller = masked.double(), smaller.double()
+    """Why the model cannot do without these channels; empty where cutting them is the same as setting them to zero.
+
+    Compared with noise on weights and example; without it where the model then gives nothing finite.
+    """
+    for exact, noise in product((True, False), (True, False)):
+        smaller, inputs = deepcopy(model), example_inputs(example)
+        smaller = smaller.double() if exact else smaller
+        if noise:
+            inputs = _stirred(smaller, inputs)
+        masked = deepcopy(smaller)
         try:
             mask_channels(masked, removed)
         except IndexError:  # channels that are not there
             return "they cannot be followed"
         try:
-            expected = run_example(masked, example)
+            expected = run_example(masked, (inputs,))
         except RuntimeError:
-            if not exact:
+            if not exact and not noise:
                 raise
             continue  # parts of it are written for float32
+        if noise and not any(bool(v.isfinite().any()) for v in tree_leaves(expected) if isinstance(v, Tensor)):
+            continue
         try:
             cut_channels(smaller, removed)
-            found = run_example(smaller, example)
+            found = run_example(smaller, (inputs,))
         except Exception as error:  # what any model may raise where a width is another one
             return f"the model does not run without some ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
         break
     same = agree(found, expected, rtol=1e-8 if exact else 1e-5)
     return "" if same else "cutting some changes more than setting them to zero"
+
+
+@torch.no_grad()
+def _stirred(model: nn.Module, inputs: object) -> object:
+    """The inputs with as much noise as they vary, and the model's parameters, in place; biases nearly gone.
+
+    So hardly a channel is silent, and its number shows all the same: the comparison is in float64.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def noisy(tensor: object) -> object:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.numel():
+            return tensor
+        mean = tensor.double().mean()
+        spread = (tensor - mean).square().mean().sqrt().nan_to_num(0, 0, 0)
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor.device)
+        found = mean + (tensor - mean + spread * noise) / 2**0.5 if spread else tensor + 0.1 * noise
+        return found.to(tensor.dtype)
+
+    for name, parameter in model.named_parameters():
+        parameter.copy_(noisy(parameter))  # type: ignore[arg-type]
+        if name.endswith("bias"):
+            parameter.mul_(0.01)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.mul_(0.01)
+    return tree_map(noisy, inputs)
 
 
 def _culprits(model: nn.Module, example: object, units: Units) -> list[tuple[ChannelGroup, str]]:
@@ -191,34 +242,39 @@ def _macs(model: nn.Module, example: object, units: Units) -> tuple[int, dict[st
             sizes = {(name, "out"): module.out_features, (name, "in"): module.in_features}
         else:
             continue
-        if name in table.index and places & sizes.keys():
-            parts[name] = int(table[name]), {place: size for place, size in sizes.items() if place in places}
+        if places & sizes.keys():  # those that run in training only cost nothing
+            parts[name] = int(table.get(name, 0)), {place: size for place, size in sizes.items() if place in places}
     return int(table[""]), parts
 
 
 def _products(
     model: nn.Module, example: object, found: FilterGroups, trial: Units
-) -> tuple[dict[str, tuple[int, dict[Place, int]]], set[str]]:
+) -> tuple[dict[str, tuple[int, dict[Place, int]]], dict[str, str]]:
     """What products of activations, as of queries and keys, save with each group: measured.
 
-    Also the layers with which they do not shrink in proportion.
+    Also the layers of which it cannot be told, and why.
     """
 
-    def missed(units: Units) -> int:
+    def missed(units: Units) -> int | None:
         smaller = deepcopy(model)
         cut_channels(smaller, together(units))
-        return found.macs_without(units) - model_cost(smaller, example).macs
+        try:
+            return found.macs_without(units) - model_cost(smaller, example).macs
+        except RuntimeError:  # what could go with all others cannot go alone
+            return None
 
     parts: dict[str, tuple[int, dict[Place, int]]] = {}
-    uneven: set[str] = set()
-    if trial and missed(trial):
+    left: dict[str, str] = {}
+    if trial and missed(trial) != 0:
         for group, units in trial:
             place: Place = (group.layers[0], "out")
             width = found.parts[group.layers[0]][1][place]
             more, one = missed([(group, units)]), missed([(group, units[:1])])
-            if more != one * len(units):
-                uneven.update(group.layers)
+            if more is None or one is None:
+                left |= dict.fromkeys(group.layers, "they can go with all others only")
+            elif more != one * len(units):
+                left |= dict.fromkeys(group.layers, "products of activations do not shrink in proportion to its width")
             elif more:
                 gone = len(group.removed(units)[place])
                 parts[f"products with {group.layers[0]}"] = more * width // gone, {place: width}
-    return parts, uneven
+    return parts, left

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from repgraph.activations.batches import example_inputs
 from repgraph.activations.forward import run_example
 from repgraph.activations.layers import Select, choose, unwrap
+from repgraph.calls import Call, observe
 from repgraph.cost import Cost, cost_by_module, model_cost
 from repgraph.operations import checked
-from repgraph.prune.agreement import agree
-from repgraph.prune.calls import Call, observe
+from repgraph.outputs import agree
 from repgraph.prune.filters import filter_cost
 from repgraph.prune.numbering import check_config, delete, mixed_attention, number_attention, numbered
 from repgraph.prune.plan import Plan
@@ -189,7 +189,7 @@ def predict_cost(model: nn.Module, names: str | Sequence[str] | Plan, example: o
     if isinstance(names, Plan) and names.repairs:
         raise ValueError("names is a plan with repairs, whose maps cannot be foretold: apply it and read its cost")
     if isinstance(names, Plan) and names.filters:
-        return filter_cost(drop_layers(model, names.layers, example).model, example, names)
+        return filter_cost(drop_layers(model, names.layers, example).model, example, replace(names, layers=()))
     dropped = dropped_calls(model, names.layers if isinstance(names, Plan) else as_names(names), example)
     table = cost_by_module(model, example)
     gone = table.loc[[name for name in dropped if name in table.index], ["macs", "activation_bytes"]].sum()

@@ -15,8 +15,8 @@ from repgraph.activations import capture
 from repgraph.activations.batches import Source, read_batches
 from repgraph.activations.layers import INPUTS, unwrap
 from repgraph.activations.reduce import Reduce
+from repgraph.calls import observe
 from repgraph.metrics.similarity import linear_cka
-from repgraph.prune.calls import observe
 from repgraph.prune.layers import as_names, drop_layers
 from repgraph.prune.plan import Plan
 from repgraph.prune.pruned import new_name

@@ -16,9 +16,9 @@ from repgraph.activations.batches import Source, model_device, model_dtype, read
 from repgraph.activations.forward import call_model, kept_random_state, run_example
 from repgraph.activations.layers import unwrap
 from repgraph.activations.reduce import channel_axis_of
+from repgraph.calls import AVERAGE, SHAPE, Call, observe
 from repgraph.cost import model_cost
-from repgraph.prune.agreement import agree
-from repgraph.prune.calls import AVERAGE, SHAPE, Call, observe
+from repgraph.outputs import agree
 from repgraph.prune.layers import drop_layers, dropped_calls
 from repgraph.prune.pruned import Pruned, new_name
 from repgraph.prune.refit import refit_readers

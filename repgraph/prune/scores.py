@@ -18,6 +18,7 @@ from repgraph.activations import Activations, capture
 from repgraph.activations.batches import Source, model_device, read_batches
 from repgraph.activations.layers import INPUTS, Select, unwrap
 from repgraph.activations.reduce import Reduce
+from repgraph.calls import Call, observe
 from repgraph.graph import Graph, knn_graph
 from repgraph.labels import Labels, as_labels, class_codes
 from repgraph.layerwise import set_order
@@ -28,7 +29,6 @@ from repgraph.metrics.redundancy import redundancy
 from repgraph.metrics.relative_residual import relative_residual
 from repgraph.metrics.similarity import gbs, gram, linear_cka, mutual_knn
 from repgraph.metrics.similarity.measure import Measure
-from repgraph.prune.calls import Call, observe
 from repgraph.prune.layers import droppable_layers
 
 Score = Literal[

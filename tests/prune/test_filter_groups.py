@@ -89,6 +89,14 @@ def test_cut_equals_zeros_and_costs_are_foretold(model, seed, ratio, budget):
     assert all(torch.equal(a, b) for a, b in zip(smaller.parameters(), pruned.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("seed", [72, 95, 108, 240])
+def test_channels_that_never_fire_hide_nothing(seed):
+    """Torch-Pruning counts the channels behind the model's input from 0; on the example all of them are silent."""
+    torch.manual_seed(0)
+    model = lively(Drawn([("conv", 0, 7), ("conv", 1, 4), ("cat", 0, 2)]), seed)
+    assert "parts.1.0" in prunable_filters(model, X).left
+
+
 @settings(max_examples=10)
 @given(networks(), seeds)
 def test_any_units_can_go_and_their_macs_are_foretold(model, seed):
