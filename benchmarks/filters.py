@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from benchmarks import tasks
 from benchmarks.kept import Kept
-from repgraph.coupling import channel_groups, with_slots
 from repgraph.prune import (
     Plan,
     layer_sensitivity,
@@ -39,6 +38,7 @@ from repgraph.scores.agreement import score_agreement
 from repgraph.scores.by_name import FilterScore, filter_scores
 from repgraph.scores.central_filter import central_filters, map_similarity
 from repgraph.scores.maps import stream_maps
+from repgraph.surgery.coupling import channel_groups, with_slots
 
 HERE = Path(__file__).parent
 KEPT = HERE / "filters.json"
@@ -97,7 +97,7 @@ _GRAPHS: dict[int, Any] = {}
 
 
 def _graph(model: nn.Module, example: object) -> Any:
-    from repgraph.coupling import _dependency_graph  # the same graph that the cuts follow
+    from repgraph.surgery.coupling import _dependency_graph  # the same graph that the cuts follow
 
     if id(model) not in _GRAPHS:
         _GRAPHS.clear()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import click
 import matplotlib as mpl
@@ -157,7 +157,7 @@ def demo(out: str) -> None:
     independence = filter_scores(model, train, "chip", samples=128)
     one = data[0][:1]
     cut = prune_filters(model, one, plan_filters(model, one, independence, _CUT, of="macs", by="chip"))
-    refitted = repair(model, cut, train, samples=200)
+    refitted = repair(model, cut, train)
     models = {
         "whole": model,
         f"filters cut, {100 * _CUT:.0f} % of the MACs": cut.model,
@@ -437,7 +437,8 @@ def prune_command(
             )
         pruned = prune_filters(net, example, plan)
     else:
-        plan = _layer_plan(net, items, example, seen, samples, count, tol, by, among, seed, reduce, memory, batch_size)
+        how: dict[str, Any] = {"reduce": reduce, "memory": memory, "batch_size": batch_size}
+        plan = _layer_plan(net, items, example, seen, seed, among, by, count, tol, how)
         pruned = drop_layers(net, plan, example)
     models = {"before": net, "dropped" if pruned.plan.layers or ratio is None else "cut": pruned.model}
     if mend and (pruned.plan.layers or pruned.plan.filters):
@@ -456,41 +457,28 @@ def _layer_plan(
     items: object,
     example: object,
     seen: torch.Tensor,
-    samples: int,
+    seed: int | None,
+    among: str,
+    by: str,
     count: int | None,
     tol: float | None,
-    by: str,
-    among: str,
-    seed: int | None,
-    reduce: Reduce,
-    memory: str | None,
-    batch_size: int,
+    how: Mapping[str, Any],
 ) -> Plan:
+    """The layers to drop: by the rise of modularity, or so many by a score or the oracle."""
     names = droppable_layers(net, example, _split(among))
     if not names:
         raise ValueError(f"--among {among} holds no layer that can be dropped")
     if tol is not None:
-        points = "blocks" if among == "halves" else _split(among)
-        acts = capture(net, items, points, samples=seen, reduce=reduce, memory=memory, batch_size=batch_size)
+        acts = capture(net, items, "blocks" if among == "halves" else _split(among), samples=seen, **how)
         if acts.labels is None:
             raise ValueError("--tol needs labels: modularity is that of classes")
         curve = profile_activations(acts, n=len(seen), repeats=1)
         return redundant_blocks(curve, [name for name in names if name in curve.index], tol=tol)
     assert count is not None
     if by == "oracle":
-        loss = partial(_cross_entropy, data=items, samples=seen, batch_size=batch_size)
+        loss = partial(_cross_entropy, data=items, samples=seen, batch_size=how["batch_size"])
         return plan_layers(drop_and_evaluate(net, names, loss, example), count)
-    table = layer_scores(
-        net,
-        items,
-        layers=_split(among),
-        by=[cast(Score, by)],
-        samples=samples,
-        seed=seed,
-        reduce=reduce,
-        memory=memory,
-        batch_size=batch_size,
-    )
+    table = layer_scores(net, items, layers=_split(among), by=[cast(Score, by)], samples=len(seen), seed=seed, **how)
     scores = table[by]
     scores.attrs = table.attrs
     return plan_layers(scores, count)

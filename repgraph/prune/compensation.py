@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from repgraph.activations.layers import unwrap
-from repgraph.channels import output_channels
 from repgraph.prune.filter_groups import prunable_filters
 from repgraph.prune.plan import Plan
 from repgraph.scores.central_filter import CentralPlan, absorb_columns_
 from repgraph.scores.fsm import relu_gaussian_mean, shift_batchnorm_, shift_readers
+from repgraph.surgery.channels import output_channels
 
 
 def absorb_filters(model: nn.Module, example: object, plans: Mapping[str, CentralPlan]) -> tuple[nn.Module, Plan]:

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from repgraph.activations.batches import example_inputs
 from repgraph.activations.forward import run_example
-from repgraph.channels import CONVS
 from repgraph.cost import cost_by_module, model_cost
-from repgraph.coupling import (
+from repgraph.operations import checked, without_data
+from repgraph.surgery.channels import CONVS
+from repgraph.surgery.coupling import (
     ChannelGroup,
     Place,
     channel_groups,
@@ -24,8 +25,7 @@ from repgraph.coupling import (
     mask_channels,
     with_slots,
 )
-from repgraph.operations import checked, without_data
-from repgraph.outputs import agree
+from repgraph.surgery.outputs import agree
 
 Units = Sequence[tuple[ChannelGroup, Tensor]]
 """Groups, and the units of each that go."""

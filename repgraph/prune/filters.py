@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from repgraph.activations.layers import unwrap
 from repgraph.cost import Cost, model_cost
-from repgraph.coupling import ChannelGroup, cut_channels, mask_channels, without_slots
 from repgraph.operations import checked
 from repgraph.prune.budgets import Budget, Fold, check_names, plan_filters
 from repgraph.prune.filter_groups import FilterGroups, difference, prepared, together
 from repgraph.prune.plan import Plan
 from repgraph.prune.pruned import Pruned
 from repgraph.scores.weight_norm import num_filters
+from repgraph.surgery.coupling import ChannelGroup, cut_channels, mask_channels, without_slots
 
 
 def prune_filters(

@@ -17,15 +17,15 @@ from torch.utils._pytree import tree_leaves
 from repgraph.activations.batches import example_inputs
 from repgraph.activations.forward import run_example
 from repgraph.activations.layers import Select, choose, unwrap
-from repgraph.calls import Call, observe
 from repgraph.cost import Cost, cost_by_module, model_cost
 from repgraph.operations import checked
-from repgraph.outputs import agree
 from repgraph.prune.filters import filter_cost
-from repgraph.prune.numbering import check_config, delete, mixed_attention, number_attention, numbered
 from repgraph.prune.plan import Plan
 from repgraph.prune.pruned import Pruned, new_name
-from repgraph.prune.stand_ins import Affine, Skip
+from repgraph.surgery.calls import Call, observe
+from repgraph.surgery.numbering import check_config, delete, mixed_attention, number_attention, numbered
+from repgraph.surgery.outputs import agree
+from repgraph.surgery.stand_ins import Affine, Skip
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)

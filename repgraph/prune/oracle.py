@@ -15,11 +15,11 @@ from repgraph.activations import capture
 from repgraph.activations.batches import Source, read_batches
 from repgraph.activations.layers import INPUTS, unwrap
 from repgraph.activations.reduce import Reduce
-from repgraph.calls import observe
 from repgraph.metrics.similarity import linear_cka
 from repgraph.prune.layers import as_names, drop_layers
 from repgraph.prune.plan import Plan
 from repgraph.prune.pruned import new_name
+from repgraph.surgery.calls import observe
 
 Evaluate = Callable[[nn.Module], float]
 """The user's own evaluation of a model: a loss, low = good."""

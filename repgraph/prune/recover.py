@@ -16,13 +16,13 @@ from repgraph.activations.batches import Source, model_device, model_dtype, read
 from repgraph.activations.forward import call_model, kept_random_state, run_example
 from repgraph.activations.layers import unwrap
 from repgraph.activations.reduce import channel_axis_of
-from repgraph.calls import AVERAGE, SHAPE, Call, observe
 from repgraph.cost import model_cost
-from repgraph.outputs import agree
 from repgraph.prune.layers import drop_layers, dropped_calls
 from repgraph.prune.pruned import Pruned, new_name
 from repgraph.prune.refit import refit_readers
-from repgraph.prune.stand_ins import Affine, Skip
+from repgraph.surgery.calls import AVERAGE, SHAPE, Call, observe
+from repgraph.surgery.outputs import agree
+from repgraph.surgery.stand_ins import Affine, Skip
 
 _ROWS = 2**15  # positions in float64 at a time
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -17,11 +17,11 @@ from repgraph.activations import stream
 from repgraph.activations.batches import Source, model_device, model_dtype, read_batches, to_device
 from repgraph.activations.forward import call_model, kept_random_state, untouched
 from repgraph.activations.layers import unwrap
-from repgraph.channels import output_channels
 from repgraph.prune.filter_groups import prunable_filters
 from repgraph.prune.filters import units_of
 from repgraph.prune.pruned import Pruned
 from repgraph.scores.weight_norm import num_filters
+from repgraph.surgery.channels import output_channels
 
 
 @kept_random_state()

@@ -18,7 +18,6 @@ from repgraph.activations import Activations, capture
 from repgraph.activations.batches import Source, model_device, read_batches
 from repgraph.activations.layers import INPUTS, Select, unwrap
 from repgraph.activations.reduce import Reduce
-from repgraph.calls import Call, observe
 from repgraph.graph import Graph, knn_graph
 from repgraph.labels import Labels, as_labels, class_codes
 from repgraph.layerwise import set_order
@@ -30,6 +29,7 @@ from repgraph.metrics.relative_residual import relative_residual
 from repgraph.metrics.similarity import gbs, gram, linear_cka, mutual_knn
 from repgraph.metrics.similarity.measure import Measure
 from repgraph.prune.layers import droppable_layers
+from repgraph.surgery.calls import Call, observe
 
 Score = Literal[
     "redundancy",

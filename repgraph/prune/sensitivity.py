@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from repgraph.activations.forward import untouched
 from repgraph.activations.layers import Select, unwrap
-from repgraph.channels import output_channels
 from repgraph.scores.weight_norm import Layer, layers_with_filters, num_filters
+from repgraph.surgery.channels import output_channels
 
 Damage = Callable[[nn.Module, torch.Generator], object]
 """The user's own damage to a layer: ``damage(module, generator)`` changes its parameters in place."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from repgraph.activations.layers import Select, unwrap
-from repgraph.channels import output_channels
 from repgraph.scores.weight_norm import as_scores, layers_with_filters
+from repgraph.surgery.channels import output_channels
 
 
 def batch_norm_scale_scores(model: nn.Module, example: object, layers: Select | None = None) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from repgraph.activations.forward import first_tensor, run_example
 from repgraph.activations.layers import Select, unwrap
-from repgraph.channels import output_channels
 from repgraph.scores.weight_norm import Layer, filter_rows, layers_with_filters, num_filters
+from repgraph.surgery.channels import output_channels
 
 _CONV = nn.modules.conv._ConvNd
 _NORM = nn.modules.batchnorm._BatchNorm

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repgraph.activations.layers import unwrap
-from repgraph.channels import OutputChannels, output_channels
-from repgraph.coupling import channel_groups
 from repgraph.scores.central_filter import input_columns
+from repgraph.surgery.channels import OutputChannels, output_channels
+from repgraph.surgery.coupling import channel_groups
 
 Consumer = tuple[nn.Module, int | Tensor]
 
@@ -127,7 +127,7 @@ def fsm_scores(model: nn.Module, example: object, layers: Sequence[str] | None =
     Parameters
     ----------
     model, example
-        As in `repgraph.coupling.channel_groups`, which finds what reads the channels.
+        As in `repgraph.surgery.coupling.channel_groups`, which finds what reads the channels.
     layers
         Names of layers; by default all to which the score applies.
 

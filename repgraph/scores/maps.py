@@ -12,7 +12,7 @@ from repgraph.activations import stream
 from repgraph.activations.batches import Source, read_batches
 from repgraph.activations.forward import Forward, kept_random_state
 from repgraph.activations.layers import unwrap
-from repgraph.channels import CONVS, OutputChannels, output_channels
+from repgraph.surgery.channels import CONVS, OutputChannels, output_channels
 
 
 @kept_random_state()
@@ -31,8 +31,8 @@ def stream_maps(
     """Apply a function to each batch of each layer's maps inside the pass, and keep only what it returns.
 
     The maps of a layer are its output behind the batch norm and the activation that alone take it
-    (`repgraph.channels.output_channels`): before an addition, unlike the scores of some authors, who read the sum of a
-    residual block and credit it to the last convolution; before pooling, too.
+    (`repgraph.surgery.channels.output_channels`): before an addition, unlike the scores of some authors, who read the
+    sum of a residual block and credit it to the last convolution; before pooling, too.
 
     Parameters
     ----------

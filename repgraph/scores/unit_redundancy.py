@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from repgraph.activations.layers import Select, unwrap
-from repgraph.channels import output_channels
 from repgraph.metrics.spline import redundant_units, unit_redundancy
 from repgraph.scores.weight_norm import as_scores, filter_rows, layers_with_filters
+from repgraph.surgery.channels import output_channels
 
 _STEP = 1e-12  # between filters that are dropped at the same distance
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from repgraph.activations.layers import Select, choose, unwrap
-from repgraph.channels import CONVS
+from repgraph.surgery.channels import CONVS
 
 Layer = nn.modules.conv._ConvNd | nn.Linear
 """What has filters: convolutions, transposed ones too, and linear layers."""

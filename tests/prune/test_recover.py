@@ -15,7 +15,7 @@ from repgraph.demo import digits
 from repgraph.demo.network import DigitsResNet
 from repgraph.prune import Plan, drop_layers, load_pruned, reestimate_batch_norm_, repair
 from repgraph.prune.pruned import new_name
-from repgraph.prune.stand_ins import Affine, Skip
+from repgraph.surgery.stand_ins import Affine, Skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from repgraph.coupling import Slots, attentions, channel_groups, cut_channels, mask_channels, with_slots, without_slots
+from repgraph.surgery.coupling import (
+    Slots,
+    attentions,
+    channel_groups,
+    cut_channels,
+    mask_channels,
+    with_slots,
+    without_slots,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from repgraph.activations.batches import example_inputs, model_device, model_dtype, to_device
 from repgraph.activations.forward import call_model, kept_random_state, run_example, untouched
-from repgraph.channels import CONVS
+from repgraph.surgery.channels import CONVS
 
 Place: TypeAlias = tuple[str, Literal["out", "in"]]
 """A module or parameter by name, and its output or input channels; "out" also where both are the same ones."""

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from repgraph.channels import output_channels
 from repgraph.demo import digits, digits_resnet
+from repgraph.surgery.channels import output_channels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
