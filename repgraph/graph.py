@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
-from repgraph.neighbors import Metric, as_samples, knn
+from repgraph.neighbors import Metric, Screening, as_samples, knn
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -330,7 +330,14 @@ class Graph:
         return f"<table><caption>Graph</caption>{cells}</table>"
 
 
-def knn_graph(x: Tensor, k: int = 3, *, metric: Metric = "cosine", symmetrize: Symmetrize = "mean") -> Graph:
+def knn_graph(
+    x: Tensor,
+    k: int = 3,
+    *,
+    metric: Metric = "cosine",
+    symmetrize: Symmetrize = "mean",
+    screening: Screening = "auto",
+) -> Graph:
     r"""Exact k-nearest-neighbour graph over the samples of one layer.
 
     Directed: a_ij = s_ij where j is one of the k nearest of i, else no edge. Then U = (A + A') / 2 by default,
@@ -347,6 +354,8 @@ def knn_graph(x: Tensor, k: int = 3, *, metric: Metric = "cosine", symmetrize: S
         "cosine" (default) or "euclidean".
     symmetrize
         "mean" (default), "union", "mutual", or "none" for the directed graph.
+    screening
+        In what products are computed first, as in `knn`; the graph is the same.
 
     Returns
     -------
@@ -380,7 +389,7 @@ def knn_graph(x: Tensor, k: int = 3, *, metric: Metric = "cosine", symmetrize: S
     """
     if symmetrize not in ("mean", "union", "mutual", "none"):
         raise ValueError(f"symmetrize must be 'mean', 'union', 'mutual' or 'none', got {symmetrize!r}")
-    values, indices = knn(x, k, metric=metric)
+    values, indices = knn(x, k, metric=metric, screening=screening)
     n = len(x)
     weight = values.double().flatten().cpu().numpy() if metric == "cosine" else np.ones(n * k)
     column = indices.flatten().cpu().numpy()

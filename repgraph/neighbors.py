@@ -9,14 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from repgraph.candidates import Candidates, pair_sums
+
 Metric = Literal["cosine", "euclidean"]
+Screening = Literal["auto", "float32", "bfloat16"]
 
 _FEATURES = 512  # features per product: bounds the rounding error of the sum over all of them
+_WIDE = 4096  # the same where candidates are not crowded: fewer and larger products, a wider bound
+_ROWS = 256  # rows of a block in bfloat16
+_SAMPLE = 128  # rows that tell how crowded the candidates are, and where the k-th best of the others lies at least
+_CROWD = 48  # candidates beyond k that a row may have
 _SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
 _WORKSPACE = 64 * 2**20  # bytes of float64 numbers held at once
@@ -24,7 +31,7 @@ _NORM_FLOOR = 1e-8
 _SMALL, _LARGE = 1e-15, 1e15  # sizes whose products float32 holds
 
 
-def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor]:
+def knn(x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = "auto") -> tuple[Tensor, Tensor]:
     r"""The k nearest neighbours of each sample, exact, on the device of x.
 
     cosine: s_ij = <x_i, x_j> / (max(\|x_i\|, 1e-8) max(\|x_j\|, 1e-8)), in [-1, 1], the k largest; a zero row
@@ -40,6 +47,10 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
         Neighbours per sample, 1 <= k < n.
     metric
         "cosine" (default) or "euclidean".
+    screening
+        In what products are computed before candidates are compared in float64; the result is the same. "float32" (or
+        float64, if x is); "bfloat16", of rows less their mean, on a CPU and for float32; "auto" takes it where the CPU
+        has instructions for it, from 2048 samples of 256 features on.
 
     Returns
     -------
@@ -57,11 +68,18 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
     Notes
     -----
     The neighbour sets are those of float64 arithmetic on the given features, for any block size and number of
-    threads. Time: n^2 d / 2 multiply-adds in the type of x, plus the float64 comparisons where they cannot
-    decide: few rows as a rule, but all of them when every similarity agrees to about 1e-4 (a huge common
-    offset). Memory beyond x: one scaled copy of x, a block of at most 1024 x n similarities, about 200 MiB.
+    threads; on a CPU the values are, too. Time: n^2 d / 2 multiply-adds in the type of x, plus the float64 comparisons
+    of a few candidates of each row, but of a row with all others where too many of them are within the error of one
+    another, as when every similarity agrees to about 1e-5 (a huge common offset). Memory beyond x: a block of at most
+    1024 x n similarities, on a CPU up to 2 k + 96 candidates of a row, about 200 MiB; in bfloat16 half a copy of x.
 
-    The bound: products are summed over chunks of 512 features and the chunks one after the other, so in any
+    Each row keeps what lies within twice the error of its k-th best so far, in a compiled pass over every block. In
+    bfloat16 the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\| e_j +
+    (2^-9 + d u) \|v_i\| \|v_j\|, with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured; the terms <w, m> are kept
+    in float32. Where that leaves many rows with too many candidates (tight clusters), products are computed in
+    float32 after all.
+
+    The bound in float32: products are summed over chunks of 512 features and the chunks one after the other, so in any
     order inside a chunk the error of a cosine is below (min(512, d) + d/512 + 16) u, u = 2^-24 (2^-53 for float64).
 
     Examples
@@ -75,50 +93,124 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine") -> tuple[Tensor, Tensor
     """
     x = _checked(x, k, metric)
     with torch.autocast(x.device.type, enabled=False), full_precision():
-        if metric == "cosine":
-            values, indices = _nearest_by_cosine(x, k)
-        else:
-            values, indices = _nearest_by_distance(x, k)
+        nearest = _nearest_by_cosine if metric == "cosine" else _nearest_by_distance
+        values, indices = nearest(x, k, _low(x, screening))
     return values.to(x.dtype), indices
 
 
-def _nearest_by_cosine(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    n, d = x.shape
+def _nearest_by_cosine(x: Tensor, k: int, low: bool) -> tuple[Tensor, Tensor]:
+    n = len(x)
     norm = row_norms(x)
     zero = norm == 0
     power = torch.ones_like(norm)
-    low, high = norm.aminmax()
-    if high > _LARGE or (low < _SMALL and (x.dtype == torch.float64 or norm.masked_fill(zero, 1).min() < _SMALL)):
+    least, high = norm.aminmax()
+    if high > _LARGE or (least < _SMALL and (x.dtype == torch.float64 or norm.masked_fill(zero, 1).min() < _SMALL)):
         x, power = _rescaled(x)
         norm = row_norms(x)
         zero = norm == 0
     scale = torch.maximum(norm, _NORM_FLOOR * power)
-    m = min(k + _SPARE, n - 1)
-    values, indices = _screen(x, scale.reciprocal().to(x.dtype), None, m, _block(n, d))
+    factor = scale.reciprocal().to(x.dtype)
+    found = _rough_candidates(x, factor, None, k, zero) if low else None
+    values, indices, some, whole = found or _candidates(x, factor, None, k, zero)
     if zero.any():  # a zero row ties with everybody at 0: its neighbours are the first others
-        first = torch.arange(m, device=x.device).expand(n, m)
-        indices[zero] = (first + (first >= torch.arange(n, device=x.device)[:, None]))[zero]
-    near = values[:, k - 1] - 2 * _error(x)
-    whole = ~zero & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(zero)
-    some = ~zero & ~whole & (values[:, k] >= near) if m > k else torch.zeros_like(zero)
+        first = torch.arange(k, device=x.device).expand(n, k)
+        indices[zero, :k] = (first + (first >= torch.arange(n, device=x.device)[:, None]))[zero]
+        values[zero] = 0
     values, nearest = _refined(x, scale, values, indices, k, some, whole, "cosine")
     return values.clamp(-1, 1), nearest
 
 
-def _nearest_by_distance(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _nearest_by_distance(x: Tensor, k: int, low: bool) -> tuple[Tensor, Tensor]:
     n, d = x.shape
     x, power = _rescaled(x.reshape(1, -1))
     x = x.reshape(n, d)
     z = x - x.mean(0, dtype=torch.float64).to(x.dtype)
     largest = row_norms(z).amax().clamp_min(torch.finfo(x.dtype).tiny)
     z = (z / largest).to(x.dtype)  # rows within the unit ball, where the bound holds
-    m = min(k + _SPARE, n - 1)
-    values, indices = _screen(z, None, row_norms(z).square().to(x.dtype) / 2, m, _block(n, d))
+    nobody = torch.zeros(n, dtype=torch.bool, device=x.device)
+    half = row_norms(z).square().to(x.dtype) / 2
+    found = _rough_candidates(z, None, half, k, nobody) if low else None
+    values, indices, _, whole = found or _candidates(z, None, half, k, nobody)
     del z
-    whole = values[:, -1] >= values[:, k - 1] - 2 * _error(x) if m < n - 1 else values[:, 0] > torch.inf
     # Every row is refined: float32 loses the digits of distances to cancellation.
     values, nearest = _refined(x, torch.ones_like(power).expand(n), values, indices, k, ~whole, whole, "euclidean")
     return -values / power, nearest
+
+
+def _candidates(
+    z: Tensor, factor: Tensor | None, half: Tensor | None, k: int, settled: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_screen` compares, falling, and whose, (n, m); rows to compare among these, rows to compare with all."""
+    n, d = z.shape
+    if z.device.type == "cpu":
+        factor = z.new_ones(n) if factor is None else factor
+        half = z.new_zeros(n) if half is None else half
+        some = _sample(n)
+        s = _products(z[some], z, _WIDE)
+        features = _FEATURES if _crowded(s * factor - half, some, k, 2 * _error(z, _WIDE) / factor[some]) else _WIDE
+        found = Candidates(k, factor, half, z.new_full((n,), 2 * _error(z, features), dtype=torch.float64))
+        if features == _WIDE:
+            found.begin(s, some)
+        found.skip(settled)
+        block = _block(n, d)
+        for i in range(0, n, block):
+            found.add(_products(z[i : i + block], z[i:], features), i, min(i + block, n))
+        values, indices, whole = found.found()
+        # compared in float64 also where the order is known: the values then do not depend on how products were summed
+        return values, indices, ~settled & ~whole, whole & ~settled
+    m = min(k + _SPARE, n - 1)
+    values, indices = _screen(z, factor, half, m, _block(n, d))
+    near = values[:, k - 1] - 2 * _error(z)
+    whole = ~settled & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(settled)
+    some = ~settled & ~whole & (values[:, k] >= near) if m > k else torch.zeros_like(settled)
+    return values, indices, some, whole
+
+
+def _rough_candidates(
+    x: Tensor, factor: Tensor | None, half: Tensor | None, k: int, settled: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """As `_candidates`, from products in bfloat16; None where these leave too many rows open."""
+    n, d = x.shape
+    total = torch.zeros(d, dtype=torch.float64)
+    for i in range(0, n if factor is not None else 0, _ROWS):
+        total += factor[i : i + _ROWS].double() @ x[i : i + _ROWS].double()  # type: ignore[index]
+    mean = (total / n).float()
+    rows = torch.empty(n, d, dtype=torch.bfloat16)
+    shift, size, rounded, error = torch.empty(4, n, dtype=torch.float64)
+    for i in range(0, n, _ROWS):
+        part = slice(i, i + _ROWS)
+        w = x[part] - mean if factor is None else x[part] * factor[part, None] - mean
+        rows[part] = w.bfloat16()
+        v = rows[part].float()
+        shift[part] = w.double() @ mean.double()
+        size[part], rounded[part], error[part] = (torch.linalg.vector_norm(y.double(), dim=1) for y in (w, v, w - v))
+    u = torch.finfo(torch.float32).eps / 2
+    # the last term: rounding of the scaled rows, of what is subtracted, and of the sums of both
+    bound = error * size.max() + rounded * (error.max() + (2**-9 + (d + 8) * u) * rounded.max()) + 32 * u
+    away = -shift.float() if half is None else half
+    some = _sample(n)
+    s = (rows[some] @ rows.T).float()
+    if _crowded(s - away, some, k, 2 * bound[some]):
+        return None
+    found = Candidates(k, torch.ones(n), away, 2 * bound)
+    found.begin(s, some)
+    found.skip(settled)
+    for i in range(0, n, _ROWS):
+        found.add((rows[i : i + _ROWS] @ rows[i:].T).float(), i, min(i + _ROWS, n))
+    values, indices, whole = found.found()
+    whole &= ~settled
+    return values, indices, ~settled & ~whole, whole
+
+
+def _sample(n: int) -> Tensor:
+    return torch.linspace(0, n - 1, min(n, _SAMPLE)).long()
+
+
+def _crowded(keys: Tensor, rows: Tensor, k: int, margin: Tensor) -> bool:
+    """Whether many of these rows have too many candidates."""
+    keys[torch.arange(len(rows)), rows] = -torch.inf
+    near = keys >= keys.topk(k, dim=1).values[:, -1:] - margin[:, None]
+    return bool((near.sum(1) > k + _CROWD).double().mean() > 0.1)
 
 
 def _refined(
@@ -127,7 +219,7 @@ def _refined(
     """The k best of each row, compared in float64: among its candidates for `some` rows, among all for `whole` ones."""
     n, d = x.shape
     best, nearest = values[:, :k].double(), indices[:, :k].clone()
-    for rows in _parts(some, indices.shape[1] * min(d, _FEATURES)):
+    for rows in _parts(some, indices.shape[1] * (1 if x.device.type == "cpu" else min(d, _FEATURES))):
         others = indices[rows].sort(1).values
         best[rows], nearest[rows] = _best(_pair_scores(x, scale, rows, others, metric), others, k, metric)
     for rows in _parts(whole, 2 * n):
@@ -136,6 +228,19 @@ def _refined(
     nearest, order = nearest.sort(dim=1)
     best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
     return best, nearest.gather(1, order)
+
+
+def _low(x: Tensor, screening: str) -> bool:
+    """Whether products are computed in bfloat16."""
+    if screening not in get_args(Screening):
+        raise ValueError(f"screening must be one of {', '.join(get_args(Screening))}, got {screening!r}")
+    possible = x.device.type == "cpu" and x.dtype == torch.float32
+    if screening == "bfloat16" and not possible:
+        raise ValueError(f"screening='bfloat16' needs float32 on a CPU, got {x.dtype} on {x.device}")
+    if screening != "auto":
+        return screening == "bfloat16"
+    fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return possible and fast and len(x) >= 2048 and x.shape[1] >= 256
 
 
 def _checked(x: Tensor, k: int, metric: str) -> Tensor:
@@ -170,14 +275,14 @@ def as_samples(x: Tensor) -> Tensor:
 def _block(n: int, d: int) -> int:
     """Rows per block: small where products dominate, so that half of them is saved; large where selection does."""
     if d <= _FEATURES:
-        return 1024
-    return 128 if n <= 1024 else 256
+        return 512 if n > 4096 else 1024
+    return 128 if n <= 1024 else 256 if n <= 4096 else 512
 
 
-def _error(x: Tensor) -> float:
-    """Bound on the error of what `_screen` compares, for rows of norm 1 at most; no less than the width of a tie."""
+def _error(x: Tensor, features: int = _FEATURES) -> float:
+    """Bound on the error of what is compared, for rows of norm 1 at most; no less than the width of a tie."""
     d = x.shape[1]
-    return max((min(d, _FEATURES) + d / _FEATURES + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
+    return max((min(d, features) + d / features + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -217,18 +322,20 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(legacy)
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
+def _products(a: Tensor, b: Tensor, features: int = _FEATURES) -> Tensor:
     """The product a b', summed over chunks of features; several chunks side by side where the workspace allows."""
+    if a.shape[1] <= features:
+        return a @ b.T
     s = a.new_zeros(len(a), len(b))
-    step = _FEATURES * max(1, _WORKSPACE // (4 * s.numel()))
+    step = features * max(1, _WORKSPACE // (4 * s.numel()))
     for f in range(0, a.shape[1], step):
         p, q = a[:, f : f + step], b[:, f : f + step]
-        if p.shape[1] > _FEATURES and p.shape[1] % _FEATURES == 0:
-            p, q = p.reshape(len(p), -1, _FEATURES), q.reshape(len(q), -1, _FEATURES)  # views: (rows, chunks, features)
+        if p.shape[1] > features and p.shape[1] % features == 0:
+            p, q = p.reshape(len(p), -1, features), q.reshape(len(q), -1, features)  # views: (rows, chunks, features)
             s += torch.bmm(p.transpose(0, 1), q.permute(1, 2, 0)).sum(0)
         else:
-            for g in range(0, p.shape[1], _FEATURES):
-                s.addmm_(p[:, g : g + _FEATURES], q[:, g : g + _FEATURES].T)
+            for g in range(0, p.shape[1], features):
+                s.addmm_(p[:, g : g + features], q[:, g : g + features].T)
     return s
 
 
@@ -284,6 +391,9 @@ def _best(scores: Tensor, others: Tensor, k: int, metric: Metric) -> tuple[Tenso
 
 def _pair_scores(x: Tensor, scale: Tensor, rows: Tensor, others: Tensor, metric: Metric) -> Tensor:
     """Cosines, or minus distances, of rows (r,) with others (r, m) in float64: (r, m)."""
+    if x.device.type == "cpu":
+        sums = pair_sums(x, rows, others, metric)
+        return _scores(sums, scale[rows, None], scale[others], metric).masked_fill(others < 0, -torch.inf)
     scores = torch.zeros(others.shape, dtype=torch.float64, device=x.device)
     for f in range(0, x.shape[1], _FEATURES):
         part = x[:, f : f + _FEATURES]

@@ -552,3 +552,9 @@ def test_kernel_of_the_threshold_graph_stays_on_cuda(metric):
         similarities, linked = _linked(torch.empty(40, 6, device="cuda"), 8, 24, 0.5, metric)
         assert (similarities.device.type, similarities.shape) == ("cuda", (16, 40))
         assert (linked.device.type, linked.shape, linked.dtype) == ("cuda", (16, 40), torch.bool)
+
+
+def test_screening_makes_no_other_graph():
+    x = torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
+    one, other = (knn_graph(x, 4, screening=how).adjacency for how in ("float32", "bfloat16"))
+    assert (one != other).nnz == 0

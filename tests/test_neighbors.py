@@ -13,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch._subclasses import FakeTensorMode
 
 from repgraph import neighbors
+from repgraph.candidates import Candidates
 from repgraph.neighbors import as_samples, knn
 
 METRICS = ("cosine", "euclidean")
@@ -39,8 +40,8 @@ def similarities(x, metric):
     return s
 
 
-def assert_exact(x, k, metric):
-    values, indices = knn(x, k, metric=metric)
+def assert_exact(x, k, metric, screening="auto"):
+    values, indices = knn(x, k, metric=metric, screening=screening)
     values, indices = values.double().numpy(), indices.numpy()
     s = similarities(x, metric)
     chosen = np.zeros(s.shape, dtype=bool)
@@ -100,6 +101,106 @@ def test_neighbours_are_exact(name, metric):
     x = ADVERSARIAL[name]
     for k in (1, 3, 12, len(x) - 1):
         assert_exact(x, k, metric)
+
+
+CROWDED = {
+    "clusters": normal(8, 40)[torch.arange(400) % 8] + 1e-3 * normal(400, 40),
+    "one tight cluster": torch.cat((normal(300, 40), 1 + 1e-4 * normal(100, 40))),
+    "a hundred duplicates": torch.cat((normal(300, 40), torch.ones(100, 40))),
+    "behind a ReLU": (normal(400, 300) + 1).relu(),
+    "huge offset": normal(400, 40) + 1e5,
+    "steps of the rounding": 1 + torch.arange(400)[:, None] * torch.rand(1, 40) * 2.0**-12,
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", [*ADVERSARIAL, *CROWDED])
+def test_neighbours_are_exact_with_products_in_bfloat16(name, metric):
+    x = (ADVERSARIAL | CROWDED)[name].float()
+    assert_exact(x, 4, metric, "bfloat16")
+    assert_exact(x, 4, metric, "float32")
+
+
+@pytest.mark.parametrize("kind", ["normal", "behind a ReLU"])
+def test_products_in_bfloat16_decide_most_rows(kind, monkeypatch):
+    """Or the check above would be one of the fallback."""
+    x = normal(600, 300) if kind == "normal" else CROWDED["behind a ReLU"]
+    compared, whole = [], neighbors._row_scores
+
+    def counted(x, scale, rows, metric):
+        compared.append(len(rows))
+        return whole(x, scale, rows, metric)
+
+    monkeypatch.setattr(neighbors, "_row_scores", counted)
+    monkeypatch.setattr(neighbors, "_products", None)  # those of float32
+    knn(x, 5, screening="bfloat16")
+    assert sum(compared) < len(x) / 10
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("x", [normal(1500, 30), (normal(1500, 300) + 1).relu()], ids=["normal", "behind a ReLU"])
+def test_values_do_not_depend_on_how_products_were_summed(x, metric, monkeypatch):
+    expected = knn(x, 5, metric=metric, screening="float32")
+    for change in ({"screening": "bfloat16"}, {"_WIDE": 16}, {"_block": lambda *_: 200}):
+        with monkeypatch.context() as patch:
+            for name in change.keys() - {"screening"}:
+                patch.setattr(neighbors, name, change[name])
+            found = knn(x, 5, metric=metric, screening=change.get("screening", "float32"))
+        assert all(map(torch.equal, found, expected))
+
+
+def test_thresholds_that_start_high_lose_nobody():
+    """From 1024 samples on they start at the k-th best among a few rows."""
+    x = normal(1300, 4)
+    for k in (1, 10, 60, 126, 127, 128, 200):
+        assert_exact(x, k, "cosine", "float32")
+        assert_exact(x, k, "euclidean", "bfloat16")
+
+
+@given(st.integers(2, 60), st.integers(1, 12), st.floats(0, 0.5), st.integers(1, 70), seeds)
+def test_candidates_hold_all_within_the_margin(n, k, margin, block, seed):
+    k = min(k, n - 1)
+    s = normal(n, n, seed=seed)
+    s = (s + s.T) / 2
+    factor, half = torch.rand(n, generator=torch.Generator().manual_seed(seed)) + 0.5, normal(n, seed=seed + 1)
+    factor, half = (torch.ones(n), half) if seed % 2 else (factor, torch.zeros(n))
+    found = Candidates(k, factor, half, torch.full((n,), margin, dtype=torch.float64))
+    for i in range(0, n, block):
+        found.add(s[i : i + block, i:].contiguous(), i, min(i + block, n))
+    values, columns, gave_up = found.found()
+    entries = factor[:, None] * factor * s - half[:, None] - half
+    entries.fill_diagonal_(-torch.inf)
+    kth = entries.topk(k, dim=1).values[:, -1]
+    for o in range(n):
+        own = columns[o][columns[o] >= 0]
+        wanted = (entries[o] > kth[o] - margin + 1e-4).nonzero()[:, 0].tolist()
+        allowed = (entries[o] > kth[o] - margin - 1e-4).nonzero()[:, 0].tolist()
+        assert gave_up[o] or set(wanted) <= set(own.tolist()) <= set(allowed)
+        torch.testing.assert_close(values[o, : len(own)], entries[o][own], atol=1e-5, rtol=1e-5)
+        assert (values[o, : len(own)].diff() <= 0).all()
+
+
+def test_a_row_with_too_many_candidates_gives_up():
+    n, k = 300, 2
+    s = torch.eye(n)
+    s[0] = s[:, 0] = 0.5  # row 0 has 299 alike, each other row has one
+    found = Candidates(k, torch.ones(n), torch.zeros(n), torch.full((n,), 0.1, dtype=torch.float64))
+    found.add(s, 0, n)
+    values, columns, gave_up = found.found()
+    assert gave_up.all()  # the others' second best is one of 298 zeros
+    found = Candidates(1, torch.ones(n), torch.zeros(n), torch.full((n,), 0.1, dtype=torch.float64))
+    found.add(s, 0, n)
+    values, columns, gave_up = found.found()
+    assert gave_up.nonzero().flatten().tolist() == [0]
+    assert (columns[1:, 0] == 0).all()
+    assert (values[1:, 0] == 0.5).all()
+
+
+def test_screening_is_checked():
+    with pytest.raises(ValueError, match="screening must be one of auto, float32, bfloat16, got 'half'"):
+        knn(normal(9, 3), 2, screening="half")
+    with pytest.raises(ValueError, match=r"needs float32 on a CPU, got torch\.float64 on cpu"):
+        knn(normal(9, 3).double(), 2, screening="bfloat16")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

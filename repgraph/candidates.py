@@ -1,0 +1,211 @@
+"""Candidates for the nearest neighbours of each row, taken from blocks of similarities as these are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+_RUN = 32  # entries compared with the threshold before any is looked at
+_FRESH = 24  # entries that a row takes before its threshold rises
+
+
+class Candidates:
+    """For each of n rows the entries that may be among its k largest: within a margin of the k-th largest so far.
+
+    The entry of row o and column c is f_o f_c s_oc - h_o - h_c, where f is 1 or h is 0. A row whose margin holds too
+    many gives up; it is to be compared with all others.
+
+    Parameters
+    ----------
+    k
+        How many of each row are wanted.
+    factor, half
+        f and h, (n,), of the type of s, on the CPU.
+    margin
+        (n,): twice the error of a row's entries.
+    """
+
+    def __init__(self, k: int, factor: Tensor, half: Tensor, margin: Tensor) -> None:
+        self.k, self.factor, self.half = k, factor.numpy(), half.numpy()
+        n, size = len(factor), min(2 * k + 96, max(len(factor) - 1, k))
+        self.margin = (margin / factor).numpy().astype(self.factor.dtype)
+        self.keys = np.empty((n, size), self.factor.dtype)  # without the row's own f and h, which change no order
+        self.columns = np.empty((n, size), np.int32)
+        self.counts = np.zeros(n, np.int64)
+        self.lowest = np.full(n, -np.inf, self.factor.dtype)
+        self.full = np.full(n, min(k + _FRESH, size))  # entries at which the threshold rises
+        arrays = (self.factor, self.half, self.margin, self.keys, self.columns, self.counts, self.lowest, self.full)
+        self.own = (*arrays, k)
+
+    def begin(self, s: Tensor, rows: Tensor) -> None:
+        """Start the thresholds at the k-th largest among a few rows, whose s with all columns is (r, n)."""
+        if len(rows) <= self.k + 1 or len(rows) * 8 > len(self.keys):
+            return
+        keys = s * torch.from_numpy(self.factor)[rows, None] - torch.from_numpy(self.half)[rows, None]
+        keys[torch.arange(len(rows)), rows] = -torch.inf
+        self.lowest[:] = keys.T.topk(self.k, dim=1).values[:, -1].numpy() - self.margin
+
+    def skip(self, rows: Tensor) -> None:
+        """Rows (n,) bool that want no candidates."""
+        self.counts[rows.numpy()] = -1
+        self.lowest[rows.numpy()] = np.inf
+
+    def add(self, s: Tensor, i: int, j: int) -> None:
+        """Let s (j - i, n - i), rows i to j with columns from i on, compete; columns from j on also as rows."""
+        block = s.numpy()
+        _shared(len(block), lambda a, b: _as_rows(block, a, b, i, self.own))
+        _shared(block.shape[1] - (j - i), lambda a, b: _as_columns(block, a, b, i, j, self.own))
+
+    def found(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, falling, and columns (n, m), -inf and -1 where there are fewer; and which rows gave up."""
+        _shared(len(self.keys), lambda a, b: _last(a, b, self.own))
+        counts = torch.from_numpy(self.counts)
+        m = max(self.k, int(counts.max()))
+        keys, columns = torch.from_numpy(self.keys[:, :m]), torch.from_numpy(self.columns[:, :m])
+        none = torch.arange(m) >= counts[:, None]
+        keys, order = keys.masked_fill(none, -torch.inf).sort(dim=1, descending=True)
+        columns = columns.masked_fill(none, -1)
+        values = keys * torch.from_numpy(self.factor)[:, None] - torch.from_numpy(self.half)[:, None]
+        return values, columns.gather(1, order).long(), counts < 0
+
+
+def pair_sums(x: Tensor, rows: Tensor, others: Tensor, metric: str) -> Tensor:
+    """Dot products, or squared distances, of rows (r,) of x with others (r, m), -1 = nobody, in float64: (r, m)."""
+    sums = np.empty(others.shape)
+    values, of, to = x.numpy(), rows.numpy(), others.numpy()
+    kernel = _dots if metric == "cosine" else _squares
+    _shared(len(of), lambda a, b: kernel(values, of, to, sums, a, b))
+    return torch.from_numpy(sums)
+
+
+def _shared(total: int, work: Callable[[int, int], None]) -> None:
+    """Do 0 to total in equal parts, one for each of torch's threads."""
+    threads = min(torch.get_num_threads(), -(-total // 16))
+    if threads <= 1:
+        work(0, total)
+        return
+    bounds = np.linspace(0, total, threads + 1).astype(int).tolist()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, bounds[:-1], bounds[1:]))
+
+
+@njit(cache=True, nogil=True)
+def _as_rows(s, a, b, i, own):  # type: ignore[no-untyped-def]
+    factor, half, margin, keys, columns, counts, lowest, full, k = own
+    for r in range(a, b):
+        o = i + r
+        for start in range(0, s.shape[1], _RUN):
+            run = s[r, start : start + _RUN]  # slices, since loops over them are vectorised
+            f, h = factor[i + start : i + start + _RUN], half[i + start : i + start + _RUN]
+            low, hits = lowest[o], 0
+            for c in range(len(run)):
+                hits += run[c] * f[c] - h[c] >= low
+            if hits:
+                for c in range(len(run)):
+                    key = run[c] * f[c] - h[c]
+                    if key >= lowest[o] and i + start + c != o:
+                        _push(o, key, i + start + c, margin, keys, columns, counts, lowest, full, k)
+
+
+@njit(cache=True, nogil=True)
+def _as_columns(s, a, b, i, j, own):  # type: ignore[no-untyped-def]
+    factor, half, margin, keys, columns, counts, lowest, full, k = own
+    for r in range(s.shape[0]):
+        f, h = factor[i + r], half[i + r]
+        for start in range(a, b, _RUN):
+            stop = min(start + _RUN, b)
+            run, low = s[r, start + j - i : stop + j - i], lowest[start + j : stop + j]
+            hits = 0
+            for c in range(len(run)):
+                hits += run[c] * f - h >= low[c]
+            if hits:
+                for c in range(len(run)):
+                    key = run[c] * f - h
+                    if key >= low[c]:
+                        _push(start + j + c, key, i + r, margin, keys, columns, counts, lowest, full, k)
+
+
+@njit(cache=True, nogil=True)
+def _push(o, key, column, margin, keys, columns, counts, lowest, full, k):  # type: ignore[no-untyped-def]
+    if counts[o] == full[o]:
+        _thin(o, margin, keys, columns, counts, lowest, full, k)
+        if counts[o] + _FRESH // 2 > keys.shape[1]:
+            counts[o], lowest[o] = -1, np.inf
+        if key < lowest[o]:
+            return
+    keys[o, counts[o]] = key
+    columns[o, counts[o]] = column
+    counts[o] += 1
+
+
+@njit(cache=True, nogil=True)
+def _thin(o, margin, keys, columns, counts, lowest, full, k):  # type: ignore[no-untyped-def]
+    """Keep what is within the margin of the k-th largest."""
+    low = _kth_largest(keys[o, : counts[o]].copy(), k) - margin[o]
+    kept = 0
+    for t in range(counts[o]):
+        if keys[o, t] >= low:
+            keys[o, kept] = keys[o, t]
+            columns[o, kept] = columns[o, t]
+            kept += 1
+    counts[o], lowest[o] = kept, low
+    full[o] = min(kept + _FRESH, keys.shape[1])
+
+
+@njit(cache=True, nogil=True)
+def _last(a, b, own):  # type: ignore[no-untyped-def]
+    _, _, margin, keys, columns, counts, lowest, full, k = own
+    for o in range(a, b):
+        if counts[o] >= k:
+            _thin(o, margin, keys, columns, counts, lowest, full, k)
+
+
+@njit(cache=True, nogil=True)
+def _kth_largest(values, k):  # type: ignore[no-untyped-def]
+    """Quickselect, in place."""
+    low, high, place = 0, len(values) - 1, k - 1
+    while low < high:
+        pivot = values[(low + high) // 2]
+        i, j = low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if place <= j:
+            high = j
+        elif place >= i:
+            low = i
+        else:
+            break
+    return values[place]
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _dots(x, rows, others, sums, a, b):  # type: ignore[no-untyped-def]
+    for r in range(a, b):
+        for t in range(others.shape[1]):
+            total, other = 0.0, others[r, t]
+            for f in range(x.shape[1] if other >= 0 else 0):
+                total += np.float64(x[rows[r], f]) * np.float64(x[other, f])
+            sums[r, t] = total
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _squares(x, rows, others, sums, a, b):  # type: ignore[no-untyped-def]
+    for r in range(a, b):
+        for t in range(others.shape[1]):
+            total, other = 0.0, others[r, t]
+            for f in range(x.shape[1] if other >= 0 else 0):
+                gap = np.float64(x[rows[r], f]) - np.float64(x[other, f])
+                total += gap * gap
+            sums[r, t] = total
