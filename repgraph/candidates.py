@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -55,15 +55,30 @@ class Candidates:
         self.counts[rows.numpy()] = -1
         self.lowest[rows.numpy()] = np.inf
 
-    def add(self, s: Tensor, i: int, j: int) -> None:
-        """Let s (j - i, n - i), rows i to j with columns from i on, compete; columns from j on also as rows."""
-        block = s.numpy()
-        _shared(len(block), lambda a, b: _as_rows(block, a, b, i, self.own))
-        _shared(block.shape[1] - (j - i), lambda a, b: _as_columns(block, a, b, i, j, self.own))
+    def add(self, blocks: Sequence[tuple[Tensor, int, int]]) -> None:
+        """Let blocks (s, i, j) compete: s (j - i, n - i) holds rows i to j with columns from i on; from j on also as rows.
+
+        Several at a time, since torch's threads still wait for work for a while after each product.
+        """
+        own, n, (_, first, _) = self.own, len(self.keys), blocks[0]
+        several = [(s.numpy(), i, j) for s, i, j in blocks]
+
+        def rows(a: int, b: int) -> None:
+            for s, i, j in several:
+                if max(a, i) < min(b, j):
+                    _as_rows(s, max(a, i) - i, min(b, j) - i, i, own)
+
+        def columns(a: int, b: int) -> None:
+            for s, i, j in several:
+                if max(a, j) < b:
+                    _as_columns(s, max(a, j) - j, b - j, i, j, own)
+
+        _shared(first, several[-1][2], rows)
+        _shared(several[0][2], n, columns)
 
     def found(self) -> tuple[Tensor, Tensor, Tensor]:
         """Values, falling, and columns (n, m), -inf and -1 where there are fewer; and which rows gave up."""
-        _shared(len(self.keys), lambda a, b: _last(a, b, self.own))
+        _shared(0, len(self.keys), lambda a, b: _last(a, b, self.own))
         counts = torch.from_numpy(self.counts)
         m = max(self.k, int(counts.max()))
         keys, columns = torch.from_numpy(self.keys[:, :m]), torch.from_numpy(self.columns[:, :m])
@@ -79,17 +94,17 @@ def pair_sums(x: Tensor, rows: Tensor, others: Tensor, metric: str) -> Tensor:
     sums = np.empty(others.shape)
     values, of, to = x.numpy(), rows.numpy(), others.numpy()
     kernel = _dots if metric == "cosine" else _squares
-    _shared(len(of), lambda a, b: kernel(values, of, to, sums, a, b))
+    _shared(0, len(of), lambda a, b: kernel(values, of, to, sums, a, b))
     return torch.from_numpy(sums)
 
 
-def _shared(total: int, work: Callable[[int, int], None]) -> None:
-    """Do 0 to total in equal parts, one for each of torch's threads."""
-    threads = min(torch.get_num_threads(), -(-total // 16))
+def _shared(start: int, stop: int, work: Callable[[int, int], None]) -> None:
+    """Do start to stop in equal parts, one for each of torch's threads."""
+    threads = min(torch.get_num_threads(), -(-(stop - start) // 16))
     if threads <= 1:
-        work(0, total)
+        work(start, stop)
         return
-    bounds = np.linspace(0, total, threads + 1).astype(int).tolist()
+    bounds = np.linspace(start, stop, threads + 1).astype(int).tolist()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, bounds[:-1], bounds[1:]))
 

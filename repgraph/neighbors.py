@@ -6,7 +6,7 @@ bound leaves the k-th neighbour open, the candidates are compared again in float
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Literal, get_args
@@ -152,9 +152,7 @@ def _candidates(
         if features == _WIDE:
             found.begin(s, some)
         found.skip(settled)
-        block = _block(n, d)
-        for i in range(0, n, block):
-            found.add(_products(z[i : i + block], z[i:], features), i, min(i + block, n))
+        _compare(found, n, _block(n, d), lambda i, j: _products(z[i:j], z[i:], features))
         values, indices, whole = found.found()
         # compared in float64 also where the order is known: the values then do not depend on how products were summed
         return values, indices, ~settled & ~whole, whole & ~settled
@@ -195,11 +193,21 @@ def _rough_candidates(
     found = Candidates(k, torch.ones(n), away, 2 * bound)
     found.begin(s, some)
     found.skip(settled)
-    for i in range(0, n, _ROWS):
-        found.add((rows[i : i + _ROWS] @ rows[i:].T).float(), i, min(i + _ROWS, n))
+    _compare(found, n, _ROWS, lambda i, j: (rows[i:j] @ rows[i:].T).float())
     values, indices, whole = found.found()
     whole &= ~settled
     return values, indices, ~settled & ~whole, whole
+
+
+def _compare(found: Candidates, n: int, block: int, product: Callable[[int, int], Tensor]) -> None:
+    """Let all pairs compete: the products of rows i to j with all from i on, a few blocks at a time."""
+    several: list[tuple[Tensor, int, int]] = []
+    for i in range(0, n, block):
+        j = min(i + block, n)
+        several.append((product(i, j), i, j))
+        if j == n or sum(s.nbytes for s, _, _ in several) + several[-1][0].nbytes > _WORKSPACE:
+            found.add(several)
+            several.clear()
 
 
 def _sample(n: int) -> Tensor:

@@ -165,8 +165,12 @@ def test_candidates_hold_all_within_the_margin(n, k, margin, block, seed):
     factor, half = torch.rand(n, generator=torch.Generator().manual_seed(seed)) + 0.5, normal(n, seed=seed + 1)
     factor, half = (torch.ones(n), half) if seed % 2 else (factor, torch.zeros(n))
     found = Candidates(k, factor, half, torch.full((n,), margin, dtype=torch.float64))
+    blocks, together = [], 1 + seed % 3
     for i in range(0, n, block):
-        found.add(s[i : i + block, i:].contiguous(), i, min(i + block, n))
+        blocks.append((s[i : i + block, i:].contiguous(), i, min(i + block, n)))
+        if len(blocks) == together or blocks[-1][2] == n:
+            found.add(blocks)
+            blocks = []
     values, columns, gave_up = found.found()
     entries = factor[:, None] * factor * s - half[:, None] - half
     entries.fill_diagonal_(-torch.inf)
@@ -185,11 +189,11 @@ def test_a_row_with_too_many_candidates_gives_up():
     s = torch.eye(n)
     s[0] = s[:, 0] = 0.5  # row 0 has 299 alike, each other row has one
     found = Candidates(k, torch.ones(n), torch.zeros(n), torch.full((n,), 0.1, dtype=torch.float64))
-    found.add(s, 0, n)
+    found.add([(s, 0, n)])
     values, columns, gave_up = found.found()
     assert gave_up.all()  # the others' second best is one of 298 zeros
     found = Candidates(1, torch.ones(n), torch.zeros(n), torch.full((n,), 0.1, dtype=torch.float64))
-    found.add(s, 0, n)
+    found.add([(s, 0, n)])
     values, columns, gave_up = found.found()
     assert gave_up.nonzero().flatten().tolist() == [0]
     assert (columns[1:, 0] == 0).all()
