@@ -56,7 +56,7 @@ class Candidates:
         self.lowest[rows.numpy()] = np.inf
 
     def add(self, blocks: Sequence[tuple[Tensor, int, int]]) -> None:
-        """Let blocks (s, i, j) compete: s (j - i, n - i) holds rows i to j with columns from i on; from j on also as rows.
+        """Let blocks (s, i, j) compete: s (j - i, n - i) holds rows i to j with columns i to n, and these as rows.
 
         Several at a time, since torch's threads still wait for work for a while after each product.
         """

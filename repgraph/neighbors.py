@@ -152,7 +152,7 @@ def _candidates(
         if features == _WIDE:
             found.begin(s, some)
         found.skip(settled)
-        _compare(found, n, _block(n, d), lambda i, j: _products(z[i:j], z[i:], features))
+        _compare(found, z, _block(n, d), lambda i, j, out: _products(z[i:j], z[i:], features, out))
         values, indices, whole = found.found()
         # compared in float64 also where the order is known: the values then do not depend on how products were summed
         return values, indices, ~settled & ~whole, whole & ~settled
@@ -193,21 +193,27 @@ def _rough_candidates(
     found = Candidates(k, torch.ones(n), away, 2 * bound)
     found.begin(s, some)
     found.skip(settled)
-    _compare(found, n, _ROWS, lambda i, j: (rows[i:j] @ rows[i:].T).float())
+    _compare(found, x, _ROWS, lambda i, j, out: out.copy_(rows[i:j] @ rows[i:].T))
     values, indices, whole = found.found()
     whole &= ~settled
     return values, indices, ~settled & ~whole, whole
 
 
-def _compare(found: Candidates, n: int, block: int, product: Callable[[int, int], Tensor]) -> None:
-    """Let all pairs compete: the products of rows i to j with all from i on, a few blocks at a time."""
+def _compare(found: Candidates, x: Tensor, block: int, product: Callable[[int, int, Tensor], Tensor]) -> None:
+    """Let all pairs compete: the products of rows i to j with all from i on, a few blocks at a time in one memory."""
+    n = len(x)
+    space = x.new_empty(max(min(block, n) * n, min(n * n, _WORKSPACE // x.itemsize)))
     several: list[tuple[Tensor, int, int]] = []
+    used = 0
     for i in range(0, n, block):
         j = min(i + block, n)
-        several.append((product(i, j), i, j))
-        if j == n or sum(s.nbytes for s, _, _ in several) + several[-1][0].nbytes > _WORKSPACE:
+        size = (j - i) * (n - i)
+        if used + size > len(space):
             found.add(several)
-            several.clear()
+            several, used = [], 0
+        several.append((product(i, j, space[used : used + size].view(j - i, n - i)), i, j))
+        used += size
+    found.add(several)
 
 
 def _sample(n: int) -> Tensor:
@@ -330,11 +336,11 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(legacy)
 
 
-def _products(a: Tensor, b: Tensor, features: int = _FEATURES) -> Tensor:
+def _products(a: Tensor, b: Tensor, features: int = _FEATURES, out: Tensor | None = None) -> Tensor:
     """The product a b', summed over chunks of features; several chunks side by side where the workspace allows."""
     if a.shape[1] <= features:
-        return a @ b.T
-    s = a.new_zeros(len(a), len(b))
+        return torch.mm(a, b.T, out=out)
+    s = a.new_zeros(len(a), len(b)) if out is None else out.zero_()
     step = features * max(1, _WORKSPACE // (4 * s.numel()))
     for f in range(0, a.shape[1], step):
         p, q = a[:, f : f + step], b[:, f : f + step]
