@@ -1,7 +1,7 @@
 """Exact k nearest neighbours among the samples of one layer.
 
-Half of the n x n similarities are computed, once, in float32 with a proven bound on their error; wherever the
-bound leaves the k-th neighbour open, the candidates are compared again in float64.
+Half of the n x n similarities are computed, once, in float32 or bfloat16 with a proven bound on their error; what the
+bound leaves as candidates is compared again in float64.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = 
     in float32. Where that leaves many rows with too many candidates (tight clusters), products are computed in
     float32 after all.
 
-    The bound in float32: products are summed over chunks of 512 features and the chunks one after the other, so in any
-    order inside a chunk the error of a cosine is below (min(512, d) + d/512 + 16) u, u = 2^-24 (2^-53 for float64).
+    The bound in float32: products are summed over chunks of c features and the chunks one after the other, so in any
+    order inside a chunk the error of a cosine is below (min(c, d) + d/c + 16) u, u = 2^-24 (2^-53 for float64), with c
+    = 4096 on a CPU, 512 elsewhere and where a few rows show that 4096 would leave too many candidates.
 
     Examples
     --------
