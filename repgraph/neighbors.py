@@ -75,7 +75,7 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = 
 
     Each row keeps what lies within twice the error of its k-th best so far, in a compiled pass over every block. In
     bfloat16 the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\| e_j +
-    (2^-9 + d u) \|v_i\| \|v_j\|, with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured; the terms <w, m> are kept
+    (2^-8 + d u) \|v_i\| \|v_j\|, with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured; the terms <w, m> are kept
     in float32. Where that leaves many rows with too many candidates (tight clusters), products are computed in
     float32 after all.
 
@@ -185,7 +185,7 @@ def _rough_candidates(
         size[part], rounded[part], error[part] = (torch.linalg.vector_norm(y.double(), dim=1) for y in (w, v, w - v))
     u = torch.finfo(torch.float32).eps / 2
     # the last term: rounding of the scaled rows, of what is subtracted, and of the sums of both
-    bound = error * size.max() + rounded * (error.max() + (2**-9 + (d + 8) * u) * rounded.max()) + 32 * u
+    bound = error * size.max() + rounded * (error.max() + (2**-8 + (d + 8) * u) * rounded.max()) + 32 * u
     away = -shift.float() if half is None else half
     some = _sample(n)
     s = (rows[some] @ rows.T).float()

@@ -138,6 +138,35 @@ def test_products_in_bfloat16_decide_most_rows(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("x", [normal(300, 40), normal(3, 500)[torch.arange(200) % 3] + 0.1 * normal(200, 500)])
+def test_errors_in_bfloat16_keep_to_their_bound(x, metric, monkeypatch):
+    """What orders a row differs from the true order by no more than the margin, and by a good part of it."""
+    used = []
+
+    class Recorded(Candidates):
+        def add(self, blocks):
+            used.append((self.half.copy(), self.margin.copy(), [(s.clone(), i, j) for s, i, j in blocks]))
+            super().add(blocks)
+
+    monkeypatch.setattr(neighbors, "Candidates", Recorded)
+    monkeypatch.setattr(neighbors, "_crowded", lambda *_: False)
+    knn(x, 5, metric=metric, screening="bfloat16")
+    true = torch.from_numpy(similarities(x, metric))
+    if metric == "euclidean":  # in the unit of rows within the unit ball
+        largest = (x - x.mean(0)).double().norm(dim=1).max()
+        true = -(true / largest).square() / 2
+    shares = []
+    for half, margin, blocks in used:
+        for s, i, j in blocks:
+            off = s.double() - torch.from_numpy(half)[i:].double() - true[i:j, i:]
+            spread = off.nan_to_num(posinf=-1).amax(1) - off.nan_to_num(posinf=1).amin(1)  # without the row itself
+            shares.append(spread / torch.from_numpy(margin)[i:j])
+    shares = torch.cat(shares)[:-1]  # the last row has nobody behind it
+    assert shares.max() <= 1
+    assert shares.max() > 0.05
+
+
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("x", [normal(1500, 30), (normal(1500, 300) + 1).relu()], ids=["normal", "behind a ReLU"])
 def test_values_do_not_depend_on_how_products_were_summed(x, metric, monkeypatch):
     expected = knn(x, 5, metric=metric, screening="float32")
