@@ -94,13 +94,14 @@ def pair_sums(x: Tensor, rows: Tensor, others: Tensor, metric: str) -> Tensor:
     sums = np.empty(others.shape)
     values, of, to = x.numpy(), rows.numpy(), others.numpy()
     kernel = _dots if metric == "cosine" else _squares
-    _shared(0, len(of), lambda a, b: kernel(values, of, to, sums, a, b))
+    least = 2**20 // (to.shape[1] * values.shape[1])  # less takes longer to share than to do
+    _shared(0, len(of), lambda a, b: kernel(values, of, to, sums, a, b), max(16, least))
     return torch.from_numpy(sums)
 
 
-def _shared(start: int, stop: int, work: Callable[[int, int], None]) -> None:
-    """Do start to stop in equal parts, one for each of torch's threads."""
-    threads = min(torch.get_num_threads(), -(-(stop - start) // 16))
+def _shared(start: int, stop: int, work: Callable[[int, int], None], least: int = 16) -> None:
+    """Do start to stop in equal parts, one for each of torch's threads, none for much less than the least."""
+    threads = min(torch.get_num_threads(), -(-(stop - start) // least))
     if threads <= 1:
         work(start, stop)
         return

@@ -24,6 +24,7 @@ _WIDE = 4096  # the same where candidates are not crowded: fewer and larger prod
 _ROWS = 256  # rows of a block in bfloat16
 _SAMPLE = 128  # rows that tell how crowded the candidates are, and where the k-th best of the others lies at least
 _CROWD = 48  # candidates beyond k that a row may have
+_MANY, _LARGE_X = 1024, 2**19  # samples and numbers from which thresholds cost less than a top-k of each block
 _SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
 _WORKSPACE = 64 * 2**20  # bytes of float64 numbers held at once
@@ -50,7 +51,7 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = 
     screening
         In what products are computed before candidates are compared in float64; the result is the same. "float32" (or
         float64, if x is); "bfloat16", of rows less their mean, on a CPU and for float32; "auto" takes it where the CPU
-        has instructions for it, from 2048 samples of 256 features on.
+        has instructions for it, from 1024 samples and 2^19 numbers on.
 
     Returns
     -------
@@ -73,15 +74,16 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = 
     another, as when every similarity agrees to about 1e-5 (a huge common offset). Memory beyond x: a block of at most
     1024 x n similarities, on a CPU up to 2 k + 96 candidates of a row, about 200 MiB; in bfloat16 half a copy of x.
 
-    Each row keeps what lies within twice the error of its k-th best so far, in a compiled pass over every block. In
-    bfloat16 the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\| e_j +
-    (2^-8 + d u) \|v_i\| \|v_j\|, with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured; the terms <w, m> are kept
-    in float32. Where that leaves many rows with too many candidates (tight clusters), products are computed in
+    Large inputs on a CPU: each row keeps what lies within twice the error of its k-th best so far, in a compiled pass
+    over every block. In bfloat16 the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\|
+    e_j + (2^-8 + d u) \|v_i\| \|v_j\|, with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured; the terms <w, m> are
+    kept in float32. Where that leaves many rows with too many candidates (tight clusters), products are computed in
     float32 after all.
 
     The bound in float32: products are summed over chunks of c features and the chunks one after the other, so in any
     order inside a chunk the error of a cosine is below (min(c, d) + d/c + 16) u, u = 2^-24 (2^-53 for float64), with c
-    = 4096 on a CPU, 512 elsewhere and where a few rows show that 4096 would leave too many candidates.
+    = 4096 on a CPU from 1024 samples and 2^19 numbers on, unless a few rows show that this would leave too many
+    candidates, and 512 otherwise.
 
     Examples
     --------
@@ -143,7 +145,7 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_screen` compares, falling, and whose, (n, m); rows to compare among these, rows to compare with all."""
     n, d = z.shape
-    if z.device.type == "cpu":
+    if z.device.type == "cpu" and n >= _MANY and n * d >= _LARGE_X:
         factor = z.new_ones(n) if factor is None else factor
         half = z.new_zeros(n) if half is None else half
         some = _sample(n)
@@ -155,12 +157,14 @@ def _candidates(
         found.skip(settled)
         _compare(found, z, _block(n, d), lambda i, j, out: _products(z[i:j], z[i:], features, out))
         values, indices, whole = found.found()
-        # compared in float64 also where the order is known: the values then do not depend on how products were summed
         return values, indices, ~settled & ~whole, whole & ~settled
     m = min(k + _SPARE, n - 1)
     values, indices = _screen(z, factor, half, m, _block(n, d))
     near = values[:, k - 1] - 2 * _error(z)
     whole = ~settled & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(settled)
+    # On a CPU also where the order is known: the values then do not depend on how products were summed.
+    if z.device.type == "cpu":
+        return values, indices, ~settled & ~whole, whole
     some = ~settled & ~whole & (values[:, k] >= near) if m > k else torch.zeros_like(settled)
     return values, indices, some, whole
 
@@ -255,7 +259,7 @@ def _low(x: Tensor, screening: str) -> bool:
     if screening != "auto":
         return screening == "bfloat16"
     fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return possible and fast and len(x) >= 2048 and x.shape[1] >= 256
+    return possible and fast and len(x) >= _MANY and x.numel() >= _LARGE_X
 
 
 def _checked(x: Tensor, k: int, metric: str) -> Tensor:
