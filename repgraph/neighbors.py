@@ -24,7 +24,7 @@ _WIDE = 4096  # the same where candidates are not crowded: fewer and larger prod
 _ROWS = 256  # rows of a block in bfloat16
 _SAMPLE = 128  # rows that tell how crowded the candidates are, and where the k-th best of the others lies at least
 _CROWD = 48  # candidates beyond k that a row may have
-_MANY, _LARGE_X = 1024, 2**19  # samples and numbers from which thresholds cost less than a top-k of each block
+_MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which thresholds cost less than a top-k of each block
 _SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
 _WORKSPACE = 64 * 2**20  # bytes of float64 numbers held at once
@@ -145,7 +145,7 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_screen` compares, falling, and whose, (n, m); rows to compare among these, rows to compare with all."""
     n, d = z.shape
-    if z.device.type == "cpu" and n >= _MANY and n * d >= _LARGE_X:
+    if z.device.type == "cpu" and n >= _MANY and n * d >= _NUMBERS:
         factor = z.new_ones(n) if factor is None else factor
         half = z.new_zeros(n) if half is None else half
         some = _sample(n)
@@ -154,10 +154,7 @@ def _candidates(
         found = Candidates(k, factor, half, z.new_full((n,), 2 * _error(z, features), dtype=torch.float64))
         if features == _WIDE:
             found.begin(s, some)
-        found.skip(settled)
-        _compare(found, z, _block(n, d), lambda i, j, out: _products(z[i:j], z[i:], features, out))
-        values, indices, whole = found.found()
-        return values, indices, ~settled & ~whole, whole & ~settled
+        return _compared(found, settled, z, _block(n, d), lambda i, j, out: _products(z[i:j], z[i:], features, out))
     m = min(k + _SPARE, n - 1)
     values, indices = _screen(z, factor, half, m, _block(n, d))
     near = values[:, k - 1] - 2 * _error(z)
@@ -197,16 +194,15 @@ def _rough_candidates(
         return None
     found = Candidates(k, torch.ones(n), away, 2 * bound)
     found.begin(s, some)
-    found.skip(settled)
-    _compare(found, x, _ROWS, lambda i, j, out: out.copy_(rows[i:j] @ rows[i:].T))
-    values, indices, whole = found.found()
-    whole &= ~settled
-    return values, indices, ~settled & ~whole, whole
+    return _compared(found, settled, x, _ROWS, lambda i, j, out: out.copy_(rows[i:j] @ rows[i:].T))
 
 
-def _compare(found: Candidates, x: Tensor, block: int, product: Callable[[int, int, Tensor], Tensor]) -> None:
-    """Let all pairs compete: the products of rows i to j with all from i on, a few blocks at a time in one memory."""
+def _compared(
+    found: Candidates, settled: Tensor, x: Tensor, block: int, product: Callable[[int, int, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_candidates` gives, from the products of rows i to j with all from i on, a few blocks in one memory."""
     n = len(x)
+    found.skip(settled)
     space = x.new_empty(max(min(block, n) * n, min(n * n, _WORKSPACE // x.itemsize)))
     several: list[tuple[Tensor, int, int]] = []
     used = 0
@@ -219,6 +215,9 @@ def _compare(found: Candidates, x: Tensor, block: int, product: Callable[[int, i
         several.append((product(i, j, space[used : used + size].view(j - i, n - i)), i, j))
         used += size
     found.add(several)
+    values, indices, whole = found.found()
+    whole &= ~settled
+    return values, indices, ~settled & ~whole, whole
 
 
 def _sample(n: int) -> Tensor:
@@ -259,7 +258,7 @@ def _low(x: Tensor, screening: str) -> bool:
     if screening != "auto":
         return screening == "bfloat16"
     fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return possible and fast and len(x) >= _MANY and x.numel() >= _LARGE_X
+    return possible and fast and len(x) >= _MANY and x.numel() >= _NUMBERS
 
 
 def _checked(x: Tensor, k: int, metric: str) -> Tensor:

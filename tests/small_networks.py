@@ -33,6 +33,19 @@ class Through(nn.Module):
         return self.f(x)
 
 
+class Wired(nn.Module):
+    """Parts by name and what the forward does with them."""
+
+    def __init__(self, run, **parts):
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args, **kwargs):
+        return self.run(self, *args, **kwargs)
+
+
 class Deeper(Net):
     def __init__(self):
         super().__init__(1, (6, 4, 4, 3))

@@ -119,7 +119,7 @@ def test_neighbours_are_exact_by_a_threshold_for_each_row(name, metric, monkeypa
     x = (ADVERSARIAL | CROWDED)[name]
     assert_exact(x.float(), 4, metric, "bfloat16")
     monkeypatch.setattr(neighbors, "_MANY", 0)
-    monkeypatch.setattr(neighbors, "_LARGE_X", 0)
+    monkeypatch.setattr(neighbors, "_NUMBERS", 0)
     assert_exact(x, 4, metric, "float32")
 
 
@@ -172,7 +172,7 @@ def test_errors_in_bfloat16_keep_to_their_bound(x, metric, monkeypatch):
 @pytest.mark.parametrize("x", [normal(1500, 30), (normal(1500, 300) + 1).relu()], ids=["normal", "behind a ReLU"])
 def test_values_do_not_depend_on_how_products_were_summed(x, metric, monkeypatch):
     expected = knn(x, 5, metric=metric, screening="float32")
-    few = {"_MANY": 0, "_LARGE_X": 0}
+    few = {"_MANY": 0, "_NUMBERS": 0}
     for change in ({"screening": "bfloat16"}, {"_block": lambda *_: 200}, few, few | {"_WIDE": 16}):
         with monkeypatch.context() as patch:
             for name in change.keys() - {"screening"}:
@@ -185,7 +185,7 @@ def test_thresholds_that_start_high_lose_nobody(monkeypatch):
     """From 1024 samples on they start at the k-th best among a few rows."""
     x = normal(1300, 4)
     monkeypatch.setattr(neighbors, "_MANY", 0)
-    monkeypatch.setattr(neighbors, "_LARGE_X", 0)
+    monkeypatch.setattr(neighbors, "_NUMBERS", 0)
     for k in (1, 10, 60, 126, 127, 128, 200):
         assert_exact(x, k, "cosine", "float32")
         assert_exact(x, k, "euclidean", "bfloat16")

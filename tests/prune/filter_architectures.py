@@ -11,6 +11,7 @@ import torch
 import torchvision
 from architectures import (
     CifarResNet,
+    PaddedBlock,
     apart,
     bert,
     digit,
@@ -24,6 +25,7 @@ from architectures import (
     tokens,
     vision,
 )
+from small_networks import Through
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.convnext import CNBlockConfig
@@ -33,27 +35,16 @@ from repgraph.demo.network import DigitsResNet
 from repgraph.prune import prune_filters
 
 
-class Lambda(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-class Block(nn.Module):
+class Block(PaddedBlock):
     """As Akamaster's: option A in a module around a lambda."""
 
     def __init__(self, before, after):
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, after, 3, after // before, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(after)
-        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(after)
+        super().__init__(before, after)
         self.shortcut = nn.Sequential()
         if before != after:
-            self.shortcut = Lambda(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, after // 4, after // 4), "constant"))
+            self.shortcut = Through(
+                lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, after // 4, after // 4), "constant")
+            )
 
     def forward(self, x):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))

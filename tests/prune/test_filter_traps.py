@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from architectures import apart, filter_scores, lively, zeroed
+from small_networks import Wired as Net
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -15,19 +16,6 @@ from torch.nn.utils import parametrizations
 from repgraph.prune import Plan, mask_filters, predict_cost, prunable_filters, prune_filters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Net(nn.Module):
-    """Parts by name and what the forward does with them."""
-
-    def __init__(self, run, **parts):
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args, **kwargs):
-        return self.run(self, *args, **kwargs)
 
 
 def conv(before, after, size=3, **options):

@@ -463,6 +463,19 @@ def test_a_model_without_data_is_refused():
         prune_filters(network().to("meta"), X, SCORES, 0.5)
 
 
+def test_a_model_that_asks_for_values_without_noise():
+    class Strict(nn.Sequential):
+        def forward(self, x):
+            assert x.min() >= 0
+            return super().forward(x)
+
+    model = lively(Strict(*chain()))
+    x = image(8).abs()
+    pruned = prune_filters(model, x, filter_scores(model), 0.5)
+    assert pruned.plan.filters
+    assert apart(model, pruned, x)[0] < 1e-12
+
+
 def test_masks_of_a_plan_with_layers_are_refused():
     plan = Plan(layers=("layer1.1",), filters={"layer3.1.conv1": (0, 1)})
     with pytest.raises(ValueError, match="plan drops layers too"):

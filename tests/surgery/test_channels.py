@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_networks import Wired as Net
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,17 +12,6 @@ from repgraph.surgery.channels import output_channels
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-
-
-class Net(nn.Module):
-    def __init__(self, run, **parts):
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def conv(before=3, after=4):
