@@ -38,7 +38,8 @@ from repgraph.scores.agreement import score_agreement
 from repgraph.scores.by_name import FilterScore, filter_scores
 from repgraph.scores.central_filter import central_filters, map_similarity
 from repgraph.scores.maps import stream_maps
-from repgraph.surgery.coupling import channel_groups, with_slots
+from repgraph.surgery.coupling import channel_groups
+from repgraph.surgery.slots import with_slots
 
 HERE = Path(__file__).parent
 KEPT = HERE / "filters.json"

@@ -19,7 +19,8 @@ from repgraph.prune.filter_groups import FilterGroups, prepared, together
 from repgraph.prune.plan import Plan
 from repgraph.scores.weight_norm import num_filters
 from repgraph.surgery.channels import CONVS
-from repgraph.surgery.coupling import ChannelGroup, Place, mask_channels, with_slots
+from repgraph.surgery.coupling import ChannelGroup, Place, mask_channels
+from repgraph.surgery.slots import with_slots
 
 Fold = Literal["mean", "max", "min"]
 Budget = Literal["uniform", "global", "global_mean"] | Mapping[str, float]

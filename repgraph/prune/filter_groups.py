@@ -17,15 +17,9 @@ from repgraph.activations.forward import run_example
 from repgraph.cost import cost_by_module, model_cost
 from repgraph.operations import checked, without_data
 from repgraph.surgery.channels import CONVS
-from repgraph.surgery.coupling import (
-    ChannelGroup,
-    Place,
-    channel_groups,
-    cut_channels,
-    mask_channels,
-    with_slots,
-)
+from repgraph.surgery.coupling import ChannelGroup, Place, channel_groups, cut_channels, mask_channels
 from repgraph.surgery.outputs import agree
+from repgraph.surgery.slots import with_slots
 
 Units = Sequence[tuple[ChannelGroup, Tensor]]
 """Groups, and the units of each that go."""

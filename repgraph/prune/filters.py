@@ -18,7 +18,8 @@ from repgraph.prune.filter_groups import FilterGroups, difference, prepared, tog
 from repgraph.prune.plan import Plan
 from repgraph.prune.pruned import Pruned
 from repgraph.scores.weight_norm import num_filters
-from repgraph.surgery.coupling import ChannelGroup, cut_channels, mask_channels, without_slots
+from repgraph.surgery.coupling import ChannelGroup, cut_channels, mask_channels
+from repgraph.surgery.slots import without_slots
 
 
 def prune_filters(

@@ -6,7 +6,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from repgraph.activations.batches import example_inputs, model_device, model_dtype, to_device
-from repgraph.activations.forward import call_model, kept_random_state, run_example, untouched
+from repgraph.activations.forward import call_model, kept_random_state, untouched
 from repgraph.surgery.channels import CONVS
+from repgraph.surgery.slots import Slots, bare_copy
 
 Place: TypeAlias = tuple[str, Literal["out", "in"]]
 """A module or parameter by name, and its output or input channels; "out" also where both are the same ones."""
@@ -61,35 +61,6 @@ class ChannelGroup:
         return found
 
 
-class Slots(nn.Module):
-    """What a module without weights does between channels some of which went.
-
-    Its input is put where the channels were, zeros where they went; of its output those that went are left out. So a
-    shortcut that pads with zero channels stays exact.
-    """
-
-    taken: Tensor
-    given: Tensor
-
-    def __init__(self, inner: nn.Module, places: Tensor, given: int) -> None:
-        super().__init__()
-        self.inner = inner
-        self.places = places.tolist()  # of the input's channels in the output
-        self.width, self.total = len(places), given
-        self.register_buffer("taken", torch.arange(self.width), persistent=False)
-        self.register_buffer("given", torch.arange(given), persistent=False)
-
-    @property
-    def whole(self) -> bool:
-        """Whether no channel went."""
-        return len(self.taken) == self.width and len(self.given) == self.total
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        whole = x.new_zeros(x.shape[0], self.width, *x.shape[2:]).index_copy(1, self.taken, x)
-        out: Tensor = self.inner(whole)
-        return out.index_select(1, self.given)
-
-
 class _SlotsPruner:
     """How Torch-Pruning cuts `Slots`; nothing of its base class is needed."""
 
@@ -129,7 +100,7 @@ def channel_groups(model: nn.Module, example: object) -> list[ChannelGroup]:
     layers with one weight and of `Slots` added. Groups that reach the output, a normalisation over channels or an
     embedding are marked as blocked. Layers that run in training only (auxiliary heads) are followed, too.
     """
-    traced = _bare(model)
+    traced = bare_copy(model)
     weighted = {module for module in traced.modules() if isinstance(module, (*CONVS, nn.Linear))}
     graph = _dependency_graph(traced, example)
     if silent := weighted - graph.module2node.keys():
@@ -187,18 +158,6 @@ def _shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
             if parameter is not None:
                 owners[id(parameter)].append((module, key))
     return [own for own in owners.values() if len(own) > 1]
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """A copy that can be traced: without hooks, with gradients."""
-    copy = deepcopy(model)
-    for module in copy.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.clear()
-    for parameter in copy.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    return copy
 
 
 @kept_random_state()
@@ -372,61 +331,6 @@ def _grouped(nodes: _Nodes, blocked: Mapping[Place, str], order: Sequence[str]) 
             both = {p: (channel[mask], of[mask]) for p, mask in masks.items()}
             groups.append(ChannelGroup(members, len(units), both, reasons[0] if reasons else ""))
     return sorted(groups, key=lambda group: order.index(group.layers[0]))
-
-
-def with_slots(model: nn.Module, example: object) -> nn.Module:
-    """A copy in which `Slots` stand around the modules without weights that add channels, as a zero-padded shortcut."""
-    bare, copy = _bare(model), deepcopy(model)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def watch(name: str, module: nn.Module) -> None:
-        def hook(_: nn.Module, args: tuple[object, ...], output: object) -> None:
-            if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                seen[name] = (args[0], output)
-
-        module.register_forward_hook(hook)
-
-    for name, module in bare.named_modules():
-        own = not type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None
-        held = isinstance(bare.get_submodule(name.rpartition(".")[0]), Slots)
-        if name and own and not held and not [*module.parameters(), *module.buffers()]:
-            watch(name, module)
-    run_example(bare, example)
-    for name, (x, out) in seen.items():
-        places = _places(bare.get_submodule(name), x, out)
-        if places is not None:
-            parent, _, key = name.rpartition(".")
-            inner = copy.get_submodule(name)
-            slots = Slots(inner, places, out.shape[1]).to(x.device).train(inner.training)
-            copy.get_submodule(parent).register_module(key, slots)
-    return copy
-
-
-def _places(module: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
-    """Where a module that adds zero channels puts each channel of its input; None for any other module."""
-    if (
-        x.ndim != 4
-        or out.ndim != 4
-        or len(x) != len(out)
-        or out.shape[1] <= x.shape[1]
-        or out[0].numel() > x[0].numel() * 4
-    ):
-        return None
-    probe = x.new_zeros(x.shape[1], *x.shape[1:])
-    probe[range(len(probe)), range(len(probe))] = 1
-    with torch.no_grad():
-        reached = module.forward(probe).flatten(2).any(2)
-        silent = not bool(module.forward(torch.zeros_like(x)).any())
-    return reached.long().argmax(1) if silent and bool((reached.sum(1) == 1).all()) else None
-
-
-def without_slots(model: nn.Module) -> nn.Module:
-    """The same model with the modules back in place of those `Slots` of which no channel went."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Slots) and module.whole:
-            parent, _, key = name.rpartition(".")
-            model.get_submodule(parent).register_module(key, module.inner)
-    return model
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, str, int, list[str]]]:

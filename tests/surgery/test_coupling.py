@@ -5,15 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from repgraph.surgery.coupling import (
-    Slots,
-    attentions,
-    channel_groups,
-    cut_channels,
-    mask_channels,
-    with_slots,
-    without_slots,
-)
+from repgraph.surgery.coupling import attentions, channel_groups, cut_channels, mask_channels
+from repgraph.surgery.slots import Slots, with_slots, without_slots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
