@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,13 @@ from repgraph.activations import Activations, capture
 from repgraph.activations.forward import Forward
 from repgraph.activations.layers import Select
 from repgraph.activations.pairing import check_paired
-from repgraph.metrics.similarity.measure import Measure, named, tell
+from repgraph.messages import named, tell
+from repgraph.metrics.similarity.measure import Measure
 from repgraph.metrics.similarity.minibatch import BatchGram, BatchGrams, minibatch_cka
 from repgraph.metrics.similarity.null import can_permute, permuted
+from repgraph.parallel import Item, each
+
+_BLOCK = 8  # layers on each side of a block of pairs
 
 Similarity = Callable[..., float]
 Given = tuple[Similarity, Callable[..., object] | None, Mapping[str, object]]
@@ -100,7 +104,8 @@ def between_layers(
 
     Notes
     -----
-    One half of a's own table is computed where the measure is symmetric, as all of ours but CKNNA are.
+    One half of a's own table is computed where the measure is symmetric, as all of ours but CKNNA are. Inside
+    ``joblib.parallel_config(...)`` layers are prepared, and blocks of 8 x 8 pairs compared, side by side.
 
     Examples
     --------
@@ -377,12 +382,10 @@ def _both_prepared(
     """Measure -> layer -> prepared layer, of a and of b."""
     if isinstance(a, Activations) and isinstance(b, Activations):
         check_paired(a, b)
-    total = len(a) + (0 if b is None else len(b))
-    with tqdm(total=total, desc="layers", unit="layer", disable=not progress, delay=1, leave=False) as bar:
-        rows = _prepared(measures, a, "a", device, bar, None)
-        if b is None:
-            return rows, None
-        return rows, _prepared(measures, b, "b", device, bar, _n(next(iter(next(iter(rows.values())).values()))))
+    rows = _prepared(measures, a, "a", device, progress)
+    if b is None:
+        return rows, None
+    return rows, _prepared(measures, b, "b", device, progress, _n(next(iter(next(iter(rows.values())).values()))))
 
 
 def _prepared(
@@ -390,33 +393,44 @@ def _prepared(
     layers: Mapping[str, object],
     argument: str,
     device: torch.device | str | None,
-    bar: tqdm[Any],
-    n: int | None,
+    progress: bool,
+    n: int | None = None,
 ) -> dict[str, dict[str, object]]:
     if not isinstance(layers, Mapping) or not layers:
         got = "none" if isinstance(layers, Mapping) else type(layers).__name__
         raise ValueError(f"{argument} must be Activations or a mapping of layer names to layers, got {got}")
-    found: dict[str, dict[str, object]] = {key: {} for key in measures}
+    tasks = ((measures, Item(layers, name), device) for name in layers)
+    done = dict(each(_prepared_layer, tasks, len(layers), "layers", "layer", progress))
     for name in layers:
-        layer = layers[name]
-        if device is not None and isinstance(layer, Tensor):
-            layer = layer.to(device)
-        with named(f"layer {name!r}"):
-            bases: dict[object, object] = {}  # what several measures share
-            for key, measure in measures.items():
-                if measure.base is not None and isinstance(layer, Tensor):
-                    if measure.base not in bases:
-                        bases[measure.base] = measure.base(layer)
-                    found[key][name] = measure.prepare(bases[measure.base])
-                else:
-                    found[key][name] = measure.prepare(layer)
-                here = _n(found[key][name])
-                if n is not None and here != n:
-                    raise ValueError(f"layers must be over the same samples, got {here} here and {n} before")
-                n = here
-        del layer, bases  # before the next layer is read, which may need the memory
-        bar.update()
-    return found
+        for item in done[name].values():
+            here = _n(item)
+            if n is not None and here != n:
+                raise ValueError(
+                    f"layer {name!r}: layers must be over the same samples, got {here} here and {n} before"
+                )
+            n = here
+    return {key: {name: done[name][key] for name in layers} for key in measures}
+
+
+def _prepared_layer(
+    measures: Mapping[str, _Measure], item: Item[object], device: torch.device | str | None
+) -> tuple[str, dict[str, object]]:
+    """A layer's name, and the layer prepared for each measure."""
+    layer = item.read()
+    if device is not None and isinstance(layer, Tensor):
+        layer = layer.to(device)
+    found: dict[str, object] = {}
+    with named(f"layer {item.name!r}"):
+        bases: dict[object, object] = {}  # what several measures share
+        for key, measure in measures.items():
+            if measure.base is not None and isinstance(layer, Tensor):
+                if measure.base not in bases:
+                    bases[measure.base] = measure.base(layer)
+                found[key] = measure.prepare(bases[measure.base])
+            else:
+                found[key] = measure.prepare(layer)
+            _n(found[key])  # must be told, or nothing
+    return item.name, found
 
 
 def _n(layer: object) -> int:
@@ -432,14 +446,35 @@ def _n(layer: object) -> int:
 def _entries(measure: _Measure, left: Mapping[str, object], right: Mapping[str, object], half: bool) -> np.ndarray:
     """The measure of every pair; of one half of them, mirrored, where it is symmetric and both sides are one."""
     values = np.empty((len(left), len(right)))
-    for i, (row, one) in enumerate(left.items()):
-        for j, (column, other) in enumerate(right.items()):
-            if half and j < i:
-                values[i, j] = values[j, i]
-                continue
-            with named(f"layers {row!r} and {column!r}"):
-                values[i, j] = float(measure.pair(one, other))
+    rows, columns = (
+        [dict(list(side.items())[i : i + _BLOCK]) for i in range(0, len(side), _BLOCK)] for side in (left, right)
+    )
+    places = [(i, j) for i in range(len(rows)) for j in range(i if half else 0, len(columns))]
+    tasks = ((measure.pair, i, j, rows[i], columns[j], half and i == j) for i, j in places)
+    for i, j, block in each(_block, tasks, len(places), "pairs", "block", progress=False):
+        values[i * _BLOCK : i * _BLOCK + len(block), j * _BLOCK : j * _BLOCK + block.shape[1]] = block
+    below = np.tril_indices(len(left), -1)
+    if half:
+        values[below] = values.T[below]
     return values
+
+
+def _block(
+    pair: Callable[[object, object], Tensor | float],
+    i: int,
+    j: int,
+    rows: Mapping[str, object],
+    columns: Mapping[str, object],
+    half: bool,
+) -> tuple[int, int, np.ndarray]:
+    """The entries of some rows and columns; of the half above the diagonal, the others are 0."""
+    values = np.zeros((len(rows), len(columns)))
+    for r, (row, one) in enumerate(rows.items()):
+        for c, (column, other) in enumerate(columns.items()):
+            if not half or c >= r:
+                with named(f"layers {row!r} and {column!r}"):
+                    values[r, c] = float(pair(one, other))
+    return i, j, values
 
 
 def _labelled(

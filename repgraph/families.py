@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
@@ -15,6 +14,7 @@ from torch import Tensor
 from repgraph.activations import Activations
 from repgraph.activations.gates import GATES
 from repgraph.graph import Graph, communities
+from repgraph.messages import heard
 from repgraph.metrics.class_separation import class_separation
 from repgraph.metrics.complexity.entropy import Pairs, pairs_of
 from repgraph.metrics.complexity.report import label_entropy
@@ -70,8 +70,7 @@ def prepared(x: Tensor, graph: Graph, metrics: Sequence[Family]) -> dict[str, An
     """What the similarity to the previous layer is computed from."""
     found: dict[str, Any] = {}
     if "gbs" in metrics:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # isolated nodes have a column of their own
+        with heard():  # isolated nodes have a column of their own
             found["gbs"] = cast(Measure, gbs).prepare(graph)
     if "cka" in metrics:
         found["cka"] = gram(x)

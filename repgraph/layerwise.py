@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Integral
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from repgraph import families
 from repgraph.activations import Activations, capture
@@ -20,12 +21,14 @@ from repgraph.activations.forward import Forward, kept_random_state, untouched
 from repgraph.activations.gates import GATES
 from repgraph.activations.layers import Select, items_of, unwrap
 from repgraph.activations.reduce import ChannelAxis, Reduce
+from repgraph.checkpoint import Checkpoint, Row
 from repgraph.families import Family
-from repgraph.graph import knn_graph
 from repgraph.labels import Labels, as_labels, class_codes
-from repgraph.metrics.feature_entropy.entropy import layer_births, warn_before_relu
+from repgraph.layer_row import Last, LayerRow, Options
+from repgraph.metrics.feature_entropy.entropy import warn_before_relu
 from repgraph.metrics.spline.local import local_complexity_by_layer
 from repgraph.neighbors import Metric
+from repgraph.parallel import Item, each
 
 T = TypeVar("T")
 
@@ -35,7 +38,8 @@ _AROUND, _DIRECTIONS = 64, 20  # samples around which local complexity is taken,
 def apply_layers(f: Callable[[T], float], items: Mapping[str, T]) -> pd.Series:
     """One number per layer: f of each stored item, in order.
 
-    Items are read one at a time, so that `Activations` of any size will do.
+    Items are read one at a time, so that `Activations` of any size will do; inside ``joblib.parallel_config(...)`` each
+    worker has its own.
 
     Parameters
     ----------
@@ -54,10 +58,14 @@ def apply_layers(f: Callable[[T], float], items: Mapping[str, T]) -> pd.Series:
     >>> apply_layers(lambda x: x.mean(), {"stem": torch.zeros(4, 8), "head": torch.ones(4, 2)}).tolist()
     [0.0, 1.0]
     """
-    values = {}
-    for name in items:
-        values[name] = float(f(items[name]))
+    tasks = ((f, Item(items, name)) for name in items)
+    found = dict(each(_number, tasks, len(items), "layers", "layer", progress=False))
+    values = {name: found[name] for name in items}
     return pd.Series(values, name=getattr(f, "__name__", None), dtype=float).rename_axis("layer")
+
+
+def _number(f: Callable[[T], float], item: Item[T]) -> tuple[str, float]:
+    return item.name, float(f(item.read()))
 
 
 def profile(
@@ -78,6 +86,7 @@ def profile(
     lam: float = 0.01,
     radius: float | None = None,
     memory: int | str | None = None,
+    folder: str | Path | None = None,
     forward: Forward | None = None,
     batch_size: int = 64,
     channel_axis: ChannelAxis = None,
@@ -109,6 +118,10 @@ def profile(
         Label permutations per set for the null.
     lam
         Kernel width of "complexity", as in `gate_entropy`; the authors take 0.04 for convolutional networks.
+    folder
+        Keep each finished layer in this folder, new or of an earlier call with the same options. A run that was killed
+        goes on there: the data are captured again, and a layer whose outputs, sets and labels are bit for bit those of
+        a kept row is not computed again.
     radius
         Of the local complexity in "spline", in the units of the inputs; by default a hundredth of the samples' root
         mean square distance from their mean.
@@ -136,15 +149,22 @@ def profile(
     ------
     ValueError
         As `capture` and `knn_graph`; if a set holds one class only (pass `seed=`), or for "feature_entropy" and
-        "complexity" one sample of a class; if n, repeats, lam or radius is out of range, a metric is unknown,
-        "feature_entropy" finds no labels or no layer with square maps, "complexity" or "spline" no gates; or if
-        "spline" meets inputs that are no tensors of real numbers, `forward`, or a loader that shuffles.
+        "complexity" one sample of a class; if n, repeats, lam or radius is out of range, the folder holds other things
+        or other options' rows, a metric is unknown, "feature_entropy" finds no labels or no layer with square maps,
+        "complexity" or "spline" no gates; or if "spline" meets inputs that are no tensors of real numbers, `forward`,
+        or a loader that shuffles.
 
     Warns
     -----
     UserWarning
         If the data run out before `repeats` sets are full, a class of a set has k members or fewer, or feature entropy
-        meets negative values (a layer captured before its ReLU).
+        meets negative values (a layer captured before its ReLU); if a file in the folder is damaged (its layer is
+        computed again) or a row cannot be written there (the run goes on).
+
+    Notes
+    -----
+    Layers are worked on one after the other, each read when its turn comes; inside ``joblib.parallel_config(...)`` side
+    by side, in threads, processes or on a cluster. "gbs" and "cka" then prepare each layer twice.
 
     References
     ----------
@@ -157,7 +177,8 @@ def profile(
     >>> table.index.tolist(), table["features"].tolist()
     (['0', '2'], [144, 128])
     """
-    _check_sets(n, repeats, metrics, k, lam)
+    options = Options(k, n, repeats, seed, _as_tuple(metrics), metric, symmetrize, permutations, lam)
+    checkpoint = None if folder is None else _checkpoint(folder, options)
     if radius is not None and not radius > 0:
         raise ValueError(f"radius must be positive, got {radius!r}")
     if "spline" in metrics and forward is not None:
@@ -192,7 +213,7 @@ def profile(
     order = torch.arange(activations.n, device="cpu") if isinstance(samples, int) else samples.argsort().argsort()
     sets = _sets(order, n, repeats)
     device = model_device(unwrap(model))
-    table = _profile(activations, sets, k, metrics, metric, symmetrize, permutations, seed, lam, device, progress)
+    table = _profile(activations, sets, options, device, checkpoint, progress)
     if "spline" in metrics:
         with kept_random_state():
             _add_local_complexity(table, activations, model, data, batch_size, samples, sets[0], radius, progress)
@@ -253,6 +274,7 @@ def profile_activations(
     symmetrize: Literal["mean", "union", "mutual"] = "mean",
     permutations: int = 20,
     lam: float = 0.01,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """The table of `profile` from activations that are there already, for example to vary k.
@@ -267,29 +289,19 @@ def profile_activations(
     >>> profile_activations(acts, n=20, repeats=2).columns.tolist()[:2]
     ['modularity', 'modularity_std']
     """
-    _check_sets(n, repeats, metrics, k, lam)
+    options = Options(k, n, repeats, seed, _as_tuple(metrics), metric, symmetrize, permutations, lam)
+    checkpoint = None if folder is None else _checkpoint(folder, options)
     order = torch.arange(activations.n, device="cpu") if seed is None else _order(activations.n, seed)
     sets = _sets(order, n, repeats)
-    return _profile(activations, sets, k, metrics, metric, symmetrize, permutations, seed, lam, None, progress)
+    return _profile(activations, sets, options, None, checkpoint, progress)
 
 
-def _check_sets(n: int, repeats: int, metrics: Sequence[str], k: int, lam: float) -> None:
-    for name, value in (("n", n), ("repeats", repeats), ("k", k)):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise ValueError(f"{name} must be an integer, got {value!r}")
-    if n < 2:
-        raise ValueError(f"n must be at least 2 samples per set, got {n}")
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    if not 1 <= k < n:
-        raise ValueError(f"k must satisfy 1 <= k < n, got k = {k} with n = {n} samples per set")
-    if "cka" in metrics and n < 4:
-        raise ValueError(f"n must be at least 4 samples per set for unbiased CKA, got {n}")
-    known = get_args(Family)
-    if isinstance(metrics, str) or not metrics or any(name not in known for name in metrics):
-        raise ValueError(f"metrics must be a sequence of names from {known}, got {metrics!r}")
-    if not lam > 0:
-        raise ValueError(f"lam must be positive, got {lam!r}")
+def _checkpoint(folder: str | Path, options: Options) -> Checkpoint:
+    return Checkpoint(folder, {"repgraph": version("repgraph"), **asdict(options)})
+
+
+def _as_tuple(metrics: Sequence[Family]) -> Any:
+    return metrics if isinstance(metrics, str) else tuple(metrics)
 
 
 def set_order(data: object, batch_size: int, seed: int) -> Tensor:
@@ -317,61 +329,32 @@ def _sets(order: Tensor, n: int, repeats: int) -> list[Tensor]:
 def _profile(
     activations: Activations,
     sets: list[Tensor],
-    k: int,
-    metrics: Sequence[Family],
-    metric: Metric,
-    symmetrize: Literal["mean", "union", "mutual"],
-    permutations: int,
-    seed: int | None,
-    lam: float,
+    options: Options,
     device: torch.device | None,
+    checkpoint: Checkpoint | None,
     progress: bool,
 ) -> pd.DataFrame:
-    set_labels = _set_labels(activations, sets, k, metrics)
+    metrics = options.metrics
+    set_labels = _set_labels(activations, sets, options.k, metrics)
     by_layer = families.gates_by_layer(activations)
     if set(metrics) & set(families.WITH_GATES) and not any(by_layer.values()):
         raise ValueError("activations hold no gates, which 'complexity' and 'spline' need: capture layers and 'gates'")
-    rows: dict[str, dict[str, float]] = {}
-    before_relu: list[str] = []
-    previous: list[dict[str, Any]] = [{} for _ in sets]
-    for name in tqdm(by_layer, desc="layers", unit="layer", disable=not progress, delay=1, leave=False):
-        gates = [(key, activations[key], activations.specs[key].gates or 0) for key in by_layer[name]]
-        maps = activations[name]
-        births, side = None, maps.shape[-1]
-        if "feature_entropy" in metrics and maps.ndim == 4 and maps.shape[2] == side >= 4:
-            births, side, negative = layer_births(name, maps)
-            before_relu += [name] * negative
-        layer = maps.reshape(activations.n, -1)
-        found = []
-        for number, chosen in enumerate(sets):
-            at = _as_slice(chosen)
-            own_seed = (seed or 0) + number
-            labels = None if set_labels is None else set_labels[number]
-            row: families.Row = {}
-            x = layer[at].to(device)
-            try:
-                graph = knn_graph(x, k, metric=metric, symmetrize=symmetrize)
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from error
-            if "modularity" in metrics:
-                if labels is None:
-                    row |= families.of_communities(graph, seed or 0)
-                else:
-                    row |= families.of_labels(x, graph, labels, permutations, own_seed)
-            prepared = families.prepared(x, graph, metrics)
-            row |= families.to_previous(previous[number], prepared, own_seed)
-            previous[number] = prepared
-            row |= families.of_edges(graph)
-            if "feature_entropy" in metrics:
-                assert labels is not None
-                row |= families.of_births(None if births is None else births[at], side, labels)
-            if set(metrics) & set(families.WITH_GATES):
-                packed = {key: (bits[at].to(device), count) for key, bits, count in gates}
-                row |= families.of_gates(packed, labels, lam, metrics)
-            found.append(row)
-        rows[name] = _summary(found, layer.shape[1])
-        del layer, maps, x, gates  # before the next layer is read, which may need the memory
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+    work = LayerRow(options, sets, set_labels, device, checkpoint is not None)
+    items = {key: Item(activations, key) for key in activations}
+    gates = {name: [(items[key], activations.specs[key].gates or 0) for key in by_layer[name]] for name in by_layer}
+    pairs = bool({"gbs", "cka"} & set(metrics))
+    before = dict(zip(by_layer, [None, *map(items.get, by_layer)], strict=False)) if pairs else {}
+    kept = {} if checkpoint is None else checkpoint.rows
+    last = Last()
+    tasks = ((items[name], gates[name], before.get(name), last, kept.get(name)) for name in by_layer)
+    rows: dict[str, Row] = {}
+    for name, made_from, row in each(work, tasks, len(by_layer), "layers", "layer", progress):
+        rows[name] = row
+        if checkpoint is not None:
+            checkpoint.put(name, made_from, row)
+    before_relu = [name for name in by_layer if rows[name]["before_relu"]]
+    table = pd.DataFrame.from_dict({name: rows[name] for name in by_layer}, orient="index").rename_axis("layer")
+    table = table.drop(columns="before_relu")
     table = table.astype({"features": int})
     for column in ("gbs_previous", "cka_previous"):
         if column in table and len(undefined := table.index[1:][table[column].iloc[1:].isna()]):
@@ -382,14 +365,14 @@ def _profile(
         warn_before_relu(before_relu, stacklevel=4)
     table.attrs = {
         **{str(key): value for key, value in activations.settings.items()},
-        "k": k,
-        "metric": metric,
-        "symmetrize": symmetrize,
+        "k": options.k,
+        "metric": options.metric,
+        "symmetrize": options.symmetrize,
         "n": len(sets[0]),
         "repeats": len(sets),
-        "seed": seed,
-        "permutations": permutations,
-        **({"lam": lam} if "complexity" in metrics else {}),
+        "seed": options.seed,
+        "permutations": options.permutations,
+        **({"lam": options.lam} if "complexity" in metrics else {}),
     }
     return table
 
@@ -427,22 +410,3 @@ def _set_labels(activations: Activations, sets: list[Tensor], k: int, metrics: S
     if small:
         warnings.warn(small, stacklevel=4)
     return set_labels
-
-
-def _as_slice(rows: Tensor) -> Tensor | slice:
-    """A run of rows as a slice, which copies nothing."""
-    start, end = int(rows[0]), int(rows[-1]) + 1
-    return slice(start, end) if start < end and torch.equal(rows, torch.arange(start, end, device="cpu")) else rows
-
-
-def _summary(found: list[dict[str, np.ndarray]], features: int) -> dict[str, float]:
-    """Mean over the sets, and std where it is a column of its own."""
-    row: dict[str, float] = {}
-    for name in found[0]:
-        values = np.concatenate([one[name] for one in found])
-        if name == "isolated":
-            row["features"] = features
-        row[name] = float(values.mean())
-        if name in families.WITH_STD:
-            row[f"{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
-    return row

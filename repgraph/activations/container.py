@@ -167,6 +167,12 @@ class Activations(Mapping[str, Tensor]):
         """Bytes of all layers together, wherever they are."""
         return self.n * sum(spec.nbytes for spec in self.specs.values())
 
+    @property
+    def in_files(self) -> bool:
+        """Whether all layers are in files, which other processes can read for themselves."""
+        layers = self._layers.parent if isinstance(self._layers, _Rows) else self._layers
+        return layers.in_files if isinstance(layers, Activations) else isinstance(layers, _Files)
+
     def subset(
         self,
         samples: Sequence[int] | np.ndarray | Tensor | slice | None = None,

@@ -7,7 +7,6 @@ ECCV 2022, pp. 225-242, arXiv 2111.12485.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from repgraph.graph import Graph
 from repgraph.labels import Labels, class_codes
+from repgraph.messages import tell
 
 Negative = Literal["raise", "clip", "signed", "keep"]
 
@@ -176,7 +176,7 @@ def modularity_ceiling(graph: Graph, labels: Labels) -> float:
 def _or_nan(value: float, graph: Graph) -> float:
     if math.isfinite(value):
         return value
-    warnings.warn(f"{graph!r} has no weight: its modularity is undefined (nan)", stacklevel=3)
+    tell(f"{graph!r} has no weight: its modularity is undefined (nan)")
     return math.nan
 
 

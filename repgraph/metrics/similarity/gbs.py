@@ -6,7 +6,6 @@ Chen, Lu, Hu, Yang, Xuan, Wang, Yang, "Graph-Based Similarity of Neural Network 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from repgraph.graph import Graph, Symmetrize, knn_graph
+from repgraph.messages import tell
 from repgraph.metrics.similarity.measure import as_number, both, measure
 from repgraph.metrics.similarity.places import located, reordered
 from repgraph.neighbors import as_samples, full_precision
@@ -83,13 +83,10 @@ def _rows(
             raise ValueError(f"symmetrize must be 'mean', 'union', 'mutual' or 'none', got {symmetrize!r}")
         x = as_samples(x)
         if torch.equal(x[0], x[-1]) and bool((x == x[0]).all()) and bool((x[0] != 0).any()):
-            warnings.warn("constant features: every sample is equally near to every other", stacklevel=2)
+            tell("constant features: every sample is equally near to every other")
         if k is None:
             if bool((x >= 0).all()):
-                warnings.warn(
-                    "dense graphs (k=None) of non-negative features are alike whatever the features: choose k",
-                    stacklevel=2,
-                )
+                tell("dense graphs (k=None) of non-negative features are alike whatever the features: choose k")
             return _checked(Rows(len(x), None, _dense(x, weighted), {"k": None, "weighted": weighted}))
         x = knn_graph(x, k, symmetrize=symmetrize or "none")
     a = x.adjacency
@@ -135,7 +132,7 @@ def _isolated(rows: Rows) -> Tensor:
 def _checked(rows: Rows) -> Rows:
     isolated = int(_isolated(rows).sum())
     if isolated:
-        warnings.warn(f"{isolated} of {rows.n} samples are isolated: no edge has weight", stacklevel=3)
+        tell(f"{isolated} of {rows.n} samples are isolated: no edge has weight")
     return rows
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from torch import Tensor
+
+from repgraph.messages import named, tell
 
 
 class Layer(Protocol):
@@ -55,29 +54,6 @@ def measure(
         return f
 
     return attach
-
-
-@contextmanager
-def named(name: str) -> Iterator[None]:
-    """Let errors and warnings say which argument or layer they are about."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            yield
-        except ValueError as error:
-            text = str(error)
-            subject = f"{name}{text[1:]}" if text.startswith("x must") else f"{name}: {text}"
-            raise ValueError(subject) from error
-    for warning in caught:
-        tell(f"{name}: {warning.message}", warning.category)
-
-
-def tell(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line that called into repgraph, however deep in it we are."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in ("repgraph", "contextlib"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
 
 
 def both(prepare: Callable[..., L], x: object, y: object, **options: object) -> tuple[L, L]:

@@ -6,7 +6,6 @@ Chen et al., "Revisit Similarity of Neural Network Representations From Graph Pe
 from __future__ import annotations
 
 import math
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import scipy.sparse as sp
 
 from repgraph.graph import Graph
 from repgraph.labels import Labels, as_labels, class_codes
+from repgraph.messages import tell
 
 
 class TriangleMotifs(NamedTuple):
@@ -112,7 +112,7 @@ def motif_ratio(graph: Graph, labels: Labels) -> float:
     """
     motifs = triangle_motifs(graph, labels)
     if not sum(motifs):
-        warnings.warn(f"{graph!r} has no triangle: its motif ratio is undefined (nan)", stacklevel=2)
+        tell(f"{graph!r} has no triangle: its motif ratio is undefined (nan)")
         return math.nan
     return motifs.type1 / sum(motifs)
 

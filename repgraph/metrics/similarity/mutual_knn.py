@@ -5,13 +5,12 @@ Huh, Cheung, Wang, Isola, "The Platonic Representation Hypothesis", ICML 2024, a
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from repgraph.graph import Graph
+from repgraph.messages import tell
 from repgraph.metrics.similarity.gbs import Rows, check_same_kind, row_cosines
 from repgraph.metrics.similarity.measure import as_number, both, measure
 from repgraph.neighbors import as_samples, knn, row_norms
@@ -28,7 +27,7 @@ def _neighbors(x: Tensor | Graph | Rows, k: int = 10) -> Rows:
         return _as_rows(indices, int(sizes[0]), str(x.settings.get("metric", "cosine")))
     x = as_samples(x)
     if zeros := int((row_norms(x) == 0).sum()):
-        warnings.warn(f"{zeros} of {len(x)} samples are zero vectors: their neighbours mean nothing", stacklevel=2)
+        tell(f"{zeros} of {len(x)} samples are zero vectors: their neighbours mean nothing")
     return _as_rows(knn(x, k)[1], k, "cosine")
 
 
