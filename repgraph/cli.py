@@ -209,6 +209,7 @@ def layers(model: str, weights: str | None, arguments: tuple[str, ...], select: 
 )
 @click.option("--lam", default=0.01, show_default=True, help="Kernel width of complexity; 0.04 for convolutions.")
 @click.option("--radius", type=float, help="Of the local complexity in spline; a hundredth of the spread of the data.")
+@click.option("--folder", help="Keep each finished layer there; a run that was killed goes on.")
 @_of_data
 @click.option("--out", default="repgraph-profile", show_default=True, help="Folder for the results.")
 def profile_command(
@@ -224,6 +225,7 @@ def profile_command(
     metrics: str,
     lam: float,
     radius: float | None,
+    folder: str | None,
     reduce: Reduce,
     memory: str | None,
     batch_size: int,
@@ -252,6 +254,7 @@ def profile_command(
         metrics=[name.strip() for name in metrics.split(",")],  # type: ignore[misc]
         lam=lam,
         radius=radius,
+        folder=folder,
         reduce=reduce,
         memory=memory,
         batch_size=batch_size,

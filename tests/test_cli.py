@@ -73,6 +73,17 @@ def test_profile_command_gives_the_table_of_the_function(here, monkeypatch, caps
     assert "wrote out/profile.csv" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_profile_command_goes_on_from_its_folder(here, monkeypatch):
+    arguments = ["profile", "mine.py:net", "data.npz", "--n", 20, "--repeats", 2, "--folder", "run", "--out"]
+    call(monkeypatch, *arguments, "first")
+    files = {path: path.stat().st_mtime_ns for path in (here / "run").iterdir()}
+    assert len(files) > 1
+    call(monkeypatch, *arguments, "second")
+    assert files == {path: path.stat().st_mtime_ns for path in (here / "run").iterdir()}
+    assert (here / "first/profile.csv").read_text() == (here / "second/profile.csv").read_text()
+
+
 def test_layers_command_lists_names_and_shapes(here, monkeypatch, capsys):
     call(monkeypatch, "layers", "mine.py:net", "--input", "1,8,8")
     assert "8 x 4 x 4" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 
 import psutil
 import torch
@@ -23,6 +24,7 @@ class Passes(Mapping[str, Tensor]):
     def __init__(self, recording: Recording, groups: list[list[str]]) -> None:
         self.recording, self.groups = recording, groups
         self.held: dict[str, Tensor] = {}
+        self.lock = Lock()
         self.state = _fingerprint(recording.model) if len(groups) > 1 else b""
 
     @kept_random_state()
@@ -50,9 +52,10 @@ class Passes(Mapping[str, Tensor]):
         self.held = held
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.held:
-            self.read(next(i for i, group in enumerate(self.groups) if name in group))
-        return self.held[name]
+        with self.lock:  # threads take turns
+            if name not in self.held:
+                self.read(next(i for i, group in enumerate(self.groups) if name in group))
+            return self.held[name]
 
     def __iter__(self) -> Iterator[str]:
         return chain.from_iterable(self.groups)
