@@ -232,5 +232,3 @@ def test_digest_sees_type_shape_and_contents():
     digests = {digest_of(one) for one in (x, *others)}
     assert len(digests) == 6
     assert digest_of(x.T.contiguous().T) == digest_of(x)
-
-
