@@ -11,6 +11,7 @@ from numba import njit
 from torch import Tensor
 
 _RUN = 32  # entries compared with the threshold before any is looked at
+_FEW, _PART = 1024, 2048  # up to so many samples so many features of all of them stay in a cache
 _FRESH = 24  # entries that a row takes before its threshold rises
 
 
@@ -91,11 +92,12 @@ class Candidates:
 
 def pair_sums(x: Tensor, rows: Tensor, others: Tensor, metric: str) -> Tensor:
     """Dot products, or squared distances, of rows (r,) of x with others (r, m), -1 = nobody, in float64: (r, m)."""
-    sums = np.empty(others.shape)
+    sums = np.zeros(others.shape)
     values, of, to = x.numpy(), rows.numpy(), others.numpy()
     kernel = _dots if metric == "cosine" else _squares
     least = 2**20 // (to.shape[1] * values.shape[1])  # less takes longer to share than to do
-    _shared(0, len(of), lambda a, b: kernel(values, of, to, sums, a, b), max(16, least))
+    part = _PART if len(values) <= _FEW else values.shape[1]
+    _shared(0, len(of), lambda a, b: kernel(values, of, to, sums, part, a, b), max(16, least))
     return torch.from_numpy(sums)
 
 
@@ -207,21 +209,25 @@ def _kth_largest(values, k):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _dots(x, rows, others, sums, a, b):  # type: ignore[no-untyped-def]
-    for r in range(a, b):
-        for t in range(others.shape[1]):
-            total, other = 0.0, others[r, t]
-            for f in range(x.shape[1] if other >= 0 else 0):
-                total += np.float64(x[rows[r], f]) * np.float64(x[other, f])
-            sums[r, t] = total
+def _dots(x, rows, others, sums, part, a, b):  # type: ignore[no-untyped-def]
+    for start in range(0, x.shape[1], part):
+        for r in range(a, b):
+            own = x[rows[r], start : start + part]
+            for t in range(others.shape[1]):
+                total, other = 0.0, x[max(others[r, t], 0), start : start + part]
+                for f in range(len(own)):
+                    total += np.float64(own[f]) * np.float64(other[f])
+                sums[r, t] += total
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _squares(x, rows, others, sums, a, b):  # type: ignore[no-untyped-def]
-    for r in range(a, b):
-        for t in range(others.shape[1]):
-            total, other = 0.0, others[r, t]
-            for f in range(x.shape[1] if other >= 0 else 0):
-                gap = np.float64(x[rows[r], f]) - np.float64(x[other, f])
-                total += gap * gap
-            sums[r, t] = total
+def _squares(x, rows, others, sums, part, a, b):  # type: ignore[no-untyped-def]
+    for start in range(0, x.shape[1], part):
+        for r in range(a, b):
+            own = x[rows[r], start : start + part]
+            for t in range(others.shape[1]):
+                total, other = 0.0, x[max(others[r, t], 0), start : start + part]
+                for f in range(len(own)):
+                    gap = np.float64(own[f]) - np.float64(other[f])
+                    total += gap * gap
+                sums[r, t] += total

@@ -305,6 +305,9 @@ def _error(x: Tensor, features: int = _FEATURES) -> float:
 
 def row_norms(x: Tensor) -> Tensor:
     """Euclidean norms of the rows in float64, (n,), without a float64 copy of x."""
+    if x.device.type == "cpu":
+        rows = torch.arange(len(x))
+        return pair_sums(x, rows, rows[:, None], "cosine")[:, 0].sqrt()
     squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for f in range(0, x.shape[1], _FEATURES):
         squares += torch.linalg.vector_norm(x[:, f : f + _FEATURES].double(), dim=1).square()
