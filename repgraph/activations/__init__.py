@@ -6,5 +6,6 @@ The only place that reads over data, sets eval mode and moves batches.
 from repgraph.activations.container import Activations, Spec
 from repgraph.activations.names import LayerNames, layer_names
 from repgraph.activations.record import capture, stream
+from repgraph.activations.shards import join_shards
 
-__all__ = ["Activations", "LayerNames", "Spec", "capture", "layer_names", "stream"]
+__all__ = ["Activations", "LayerNames", "Spec", "capture", "join_shards", "layer_names", "stream"]

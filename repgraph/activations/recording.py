@@ -36,6 +36,7 @@ class Recording:
         batch_size: int,
         samples: int | Sequence[int] | Tensor | None,
         progress: bool,
+        shard: tuple[int, int] | None = None,
     ) -> None:
         self.model = unwrap(model)
         self.modules, items, self.patterns = choose_with_gates(self.model, layers)
@@ -43,7 +44,7 @@ class Recording:
             if nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 state = "is not initialized (lazy)" if nn.parameter.is_lazy(tensor) else "is on the meta device"
                 raise ValueError(f"model cannot run: parameter {name!r} {state}")
-        self.source = Source(data, batch_size, samples, whole_batch=forward is not None)
+        self.source = Source(data, batch_size, samples, whole_batch=forward is not None, shard=shard)
         self.reduce, self.channel_axis, self.forward, self.progress = reduce, channel_axis, forward, progress
         self.passes = 0
         self.labels: Tensor | np.ndarray | None = None
@@ -197,8 +198,8 @@ class Recording:
         if len(differ):
             raise ValueError(
                 f"data gave another sample {batch.start + int(differ[0])} in a later pass than in the first: "
-                "several passes need a loader that does not shuffle and images without random augmentation; or raise "
-                "memory=, or pass folder="
+                "several passes, and shards, need a loader that does not shuffle and images without random "
+                "augmentation; several passes are avoided by a larger memory= or by folder="
             )
 
     def check_order(self) -> None:
