@@ -12,9 +12,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from repgraph.activations.container import Spec, readable
 from repgraph.activations.forward import kept_random_state
 from repgraph.activations.recording import Recording
+from repgraph.activations.spec import Spec, readable
 
 
 class Passes(Mapping[str, Tensor]):

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repgraph.activations.container import Activations, Writer, readable
+from repgraph.activations.container import Activations
+from repgraph.activations.files import Writer
 from repgraph.activations.forward import Forward, kept_random_state
 from repgraph.activations.layers import Select
 from repgraph.activations.memory import Passes, as_bytes, fingerprint, groups_within
 from repgraph.activations.recording import Recording
 from repgraph.activations.reduce import ChannelAxis, Reduce, check_choice
 from repgraph.activations.shards import shard_settings
+from repgraph.activations.spec import readable
 from repgraph.labels import Labels
 
 
@@ -72,7 +74,8 @@ def capture(
         layers need more, reading a layer runs the model again for as many layers as fit: the data must then come in
         the same order every time, which is checked, and the model must not change.
     folder
-        Write the layers to files in this new or empty folder instead, in one pass; they are mapped when read.
+        Write the layers to files in this new or empty folder instead, in one pass; they are mapped when read, and
+        checked against their checksums (see `Activations.load`). What a killed capture left there is replaced.
     forward
         ``forward(model, batch)`` in place of the call described above; the batch is on the model's device.
     sample_ids
@@ -108,6 +111,8 @@ def capture(
         samples than shards. The message names the layer.
     TypeError
         If the model or the data are of a kind that cannot be read.
+    OSError
+        If a layer cannot be written to the folder (a full disk); nothing of the capture is left there.
 
     Examples
     --------

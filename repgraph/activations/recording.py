@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from repgraph.activations.batches import Batch, Source
-from repgraph.activations.container import Spec
 from repgraph.activations.forward import Forward, reseed, run
 from repgraph.activations.gates import GATES, Kinks, choose_with_gates, matches, pack
 from repgraph.activations.layers import Item, Select, choose, unwrap
 from repgraph.activations.reduce import ChannelAxis, Reduce, reduced
+from repgraph.activations.spec import Spec
 
 _PROBE = 4096  # numbers compared per layer between two runs of the first batch
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repgraph.activations.container import Activations, Spec
+from repgraph.activations.container import Activations
+from repgraph.activations.spec import Spec
 
 _MEANING = {
     "of": "number of shards",
