@@ -133,8 +133,9 @@ class Source:
         """Number of wanted samples."""
         self._rows = self.positions
         self._all = self.n == total
+        self._dataset, self._batch_size = dataset, batch_size
         if dataset is not None and not self._all:  # which needs not load the others
-            self._batches = DataLoader(Subset(dataset, self.positions.tolist()), batch_size)
+            self._batches = self._loaded(0)
             self._rows, self._all = torch.arange(self.n, device="cpu"), True
 
     @property
@@ -146,8 +147,14 @@ class Source:
             return None
 
     def __iter__(self) -> Iterator[Batch]:
-        seen = done = 0
-        for item in self._batches:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """The batches, without the first `start` of the wanted samples."""
+        items, seen, done = self._batches, 0, start
+        if start and self._dataset is not None:
+            items, seen = self._loaded(start), int(self._rows[start])
+        for item in items:
             if done == self.n:
                 break
             raw = _as_tensors(item)
@@ -158,9 +165,13 @@ class Source:
                 raw = _take(raw, rows, size)
             if len(rows):
                 yield _parse(raw, len(rows), done, self._whole_batch)
-            seen, done = seen + size, end
+            seen, done = seen + size, max(done, end)
         if done < self.n:
             raise ValueError(f"data ended after {seen} samples, expected {int(self._rows[-1]) + 1}")
+
+    def _loaded(self, start: int) -> Iterable[object]:
+        assert self._dataset is not None
+        return DataLoader(Subset(self._dataset, self.positions[start:].tolist()), self._batch_size)
 
     def pick(self, values: Labels, name: str) -> Tensor | np.ndarray:
         """The wanted samples' entries of one value per sample, given for all samples or for those of all shards.

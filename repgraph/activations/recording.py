@@ -99,8 +99,17 @@ class Recording:
         _check_batch(key, x, batch)
         return reduced(x, self.reduce, mask=batch.mask, channel_axis=self.channel_axis, key=key, module=module)
 
-    def run(self, names: Sequence[str], keep: Callable[[str, Tensor], None], description: str = "capture") -> None:
-        """One pass that hands the batches of the named layers to `keep`, in order, and checks everything on the way."""
+    def run(
+        self,
+        names: Sequence[str],
+        keep: Callable[[str, Tensor], None],
+        description: str = "capture",
+        start: int = 0,
+    ) -> None:
+        """One pass that hands the batches of the named layers to `keep`, in order, and checks everything on the way.
+
+        Later passes than the first may leave out the first `start` samples.
+        """
         wanted = set(names)
         with_gates = any(self.specs[name].gates is not None for name in names)
         modules = {
@@ -151,7 +160,7 @@ class Recording:
                 keep(name, pack(bits.reshape(len(bits), count)))
 
         first = self._iterator is not None
-        batches = chain([self._first], self._iterator) if self._iterator is not None else iter(self.source)
+        batches = chain([self._first], self._iterator) if self._iterator is not None else self.source.batches(start)
         self._iterator = None
         passing = run(
             self.model,
@@ -162,7 +171,7 @@ class Recording:
             forward=self.forward,
             passes=self.passes,
             progress=description if self.progress else None,
-            total=self.source.num_batches,
+            total=None if start else self.source.num_batches,
         )
         self.passes += 1
         labels: list[Tensor | np.ndarray] = []
