@@ -1,6 +1,6 @@
 """See what every layer of a trained network does to a set of samples, as graphs, and act on it."""
 
-from repgraph.activations import Activations, capture, layer_names, stream
+from repgraph.activations import Activations, capture, join_shards, layer_names, stream, stream_grams
 from repgraph.between import between_layers, between_layers_null, compare_layers, stream_cka
 from repgraph.graph import Graph, Partition, communities, knn_graph, threshold_graph
 from repgraph.layerwise import apply_layers, profile, profile_activations
@@ -21,6 +21,7 @@ __all__ = [
     "class_separation",
     "communities",
     "compare_layers",
+    "join_shards",
     "knn_graph",
     "label_agreement",
     "layer_names",
@@ -32,5 +33,6 @@ __all__ = [
     "segment_layers",
     "stream",
     "stream_cka",
+    "stream_grams",
     "threshold_graph",
 ]

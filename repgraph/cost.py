@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from repgraph.activations.batches import example_inputs, model_device, model_dtype, to_device
-from repgraph.activations.container import readable
 from repgraph.activations.forward import kept_random_state, untouched
+from repgraph.activations.spec import readable
 from repgraph.operations import checked, count, without_data
 
 

@@ -1,5 +1,7 @@
 """Layers and blocks of pairs in other processes: the same numbers, errors and warnings as here."""
 
+import pickle
+
 import joblib
 import pandas as pd
 import pytest
@@ -93,6 +95,20 @@ def test_threads_share_passes_over_the_data_one_at_a_time(model, data):
     with joblib.parallel_config("threading", n_jobs=4):
         table = repgraph.profile(model, data, layers="leaves", memory=60 * 8 * 4 * 4, **OPTIONS)
     pd.testing.assert_frame_equal(table, expected, rtol=1e-6)
+
+
+def test_what_is_in_files_travels_as_paths(data, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 1000))
+    acts = repgraph.capture(model, data, "leaves", folder=tmp_path / "whole")
+    parts = [repgraph.capture(model, data, "leaves", shard=(i, 2), folder=tmp_path / str(i)) for i in range(2)]
+    for one in (acts, acts.subset(slice(5, 30)), repgraph.join_shards(parts)):
+        sent = pickle.dumps(Item(one, "0"))
+        assert len(sent) < one["0"].nbytes / 10
+        assert torch.equal(pickle.loads(sent).read(), one["0"])
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"layer '0': cannot read"):
+        pickle.loads(pickle.dumps(Item(acts, "0"))).read()
 
 
 def test_here_a_task_is_taken_when_the_one_before_is_done():

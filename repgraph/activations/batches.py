@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 
+from repgraph.activations.shards import shard_rows
 from repgraph.labels import Labels, as_labels
 
 
@@ -56,17 +57,25 @@ class Source:
         Samples per batch where the data come unbatched.
     samples
         Which samples: None for all, a number for the first so many, or distinct positions (used in rising order).
+    shard
+        (i, m) for the i-th of m runs of these.
 
     Raises
     ------
     ValueError
-        If there are no samples, or positions are repeated or out of range.
+        If there are no samples, positions are repeated or out of range, or there are fewer than shards.
     TypeError
         If the data are of no kind named above.
     """
 
     def __init__(
-        self, data: object, batch_size: int, samples: int | Sequence[int] | Tensor | None, *, whole_batch: bool = False
+        self,
+        data: object,
+        batch_size: int,
+        samples: int | Sequence[int] | Tensor | None,
+        *,
+        whole_batch: bool = False,
+        shard: tuple[int, int] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -77,8 +86,9 @@ class Source:
             raise ValueError("data is a list, which is read as batches: pass the tuple (inputs, labels) instead")
         self._whole_batch = whole_batch
         self._counted = False
-        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-            data = DataLoader(data, batch_size)
+        dataset = data if isinstance(data, Dataset) and not isinstance(data, IterableDataset) else None
+        if dataset is not None:
+            data = DataLoader(dataset, batch_size)
         if isinstance(data, np.ndarray | Tensor | tuple | Mapping):
             whole = _as_tensors(data)
             total = _size(whole)
@@ -115,36 +125,56 @@ class Source:
                 raise ValueError(f"samples must be positions in 0..{total - 1}, got {samples!r}")
             if (self.positions[1:] == self.positions[:-1]).any():
                 raise ValueError("samples must be distinct positions")
+        self.of_all_shards = self.positions
+        """Positions of the wanted samples, those of other shards among them."""
+        self._shard = slice(None) if shard is None else shard_rows(len(self.positions), shard)
+        self.positions = self.positions[self._shard]
         self.n = len(self.positions)
         """Number of wanted samples."""
+        self._rows = self.positions
+        self._all = self.n == total
+        self._dataset, self._batch_size = dataset, batch_size
+        if dataset is not None and not self._all:  # which needs not load the others
+            self._batches = self._loaded(0)
+            self._rows, self._all = torch.arange(self.n, device="cpu"), True
 
     @property
     def num_batches(self) -> int | None:
         """How many batches a pass reads, where that is known and all of them are read."""
         try:
-            return len(self._batches) if self.n == self.total else None  # type: ignore[arg-type]
+            return len(self._batches) if self._all else None  # type: ignore[arg-type]
         except TypeError:
             return None
 
     def __iter__(self) -> Iterator[Batch]:
-        seen = done = 0
-        for item in self._batches:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """The batches, without the first `start` of the wanted samples."""
+        items, seen, done = self._batches, 0, start
+        if start and self._dataset is not None:
+            items, seen = self._loaded(start), int(self._rows[start])
+        for item in items:
             if done == self.n:
                 break
             raw = _as_tensors(item)
             size = _size(raw)
-            end = int(torch.searchsorted(self.positions, seen + size))
-            rows = self.positions[done:end] - seen
+            end = int(torch.searchsorted(self._rows, seen + size))
+            rows = self._rows[done:end] - seen
             if 0 < len(rows) < size:
                 raw = _take(raw, rows, size)
             if len(rows):
                 yield _parse(raw, len(rows), done, self._whole_batch)
-            seen, done = seen + size, end
+            seen, done = seen + size, max(done, end)
         if done < self.n:
-            raise ValueError(f"data ended after {seen} samples, expected {int(self.positions[-1]) + 1}")
+            raise ValueError(f"data ended after {seen} samples, expected {int(self._rows[-1]) + 1}")
+
+    def _loaded(self, start: int) -> Iterable[object]:
+        assert self._dataset is not None
+        return DataLoader(Subset(self._dataset, self.positions[start:].tolist()), self._batch_size)
 
     def pick(self, values: Labels, name: str) -> Tensor | np.ndarray:
-        """The wanted samples' entries of one value per sample, given for all samples or for the wanted ones.
+        """The wanted samples' entries of one value per sample, given for all samples or for those of all shards.
 
         Raises
         ------
@@ -152,9 +182,9 @@ class Source:
             If there are as many as neither.
         """
         array = as_labels(values)
-        if len(array) == self.n:
-            return array
-        if len(array) == self.total or (self._counted and len(array) > int(self.positions[-1])):
+        if len(array) == len(self.of_all_shards):
+            return array[self._shard]
+        if len(array) == self.total or (self._counted and len(array) > int(self.of_all_shards[-1])):
             return array[self.positions] if isinstance(array, Tensor) else array[self.positions.numpy()]
         raise ValueError(f"{name} must have one entry per sample: expected {self.total}, got {len(array)}")
 

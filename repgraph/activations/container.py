@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from repgraph.activations.files import CODES, Files, Writer, read_index
+from repgraph.activations.spec import Spec, readable
 from repgraph.labels import Labels, as_labels
-
-_INDEX = "activations.json"
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """Shape of one sample's entry in a layer, and its type."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    gates: int | None = None
-    """Number of gates, where the entry is gates packed eight to a byte."""
-
-    @property
-    def text(self) -> str:
-        """The shape as people read it."""
-        if self.gates is not None:
-            return f"{self.gates} gates"
-        return " x ".join(map(str, self.shape)) or "scalar"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes per sample."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Activations(Mapping[str, Tensor]):
@@ -170,8 +128,7 @@ class Activations(Mapping[str, Tensor]):
     @property
     def in_files(self) -> bool:
         """Whether all layers are in files, which other processes can read for themselves."""
-        layers = self._layers.parent if isinstance(self._layers, _Rows) else self._layers
-        return layers.in_files if isinstance(layers, Activations) else isinstance(layers, _Files)
+        return getattr(self._layers, "in_files", False)
 
     def subset(
         self,
@@ -219,10 +176,14 @@ class Activations(Mapping[str, Tensor]):
     def save(self, folder: str | Path) -> None:
         """Write one safetensors file per layer and an index into a new or empty folder.
 
+        The files get their names when all are written. What a killed process left there unfinished is replaced.
+
         Raises
         ------
         ValueError
-            If the folder has files in it, or the disk has no room.
+            If the folder has other files in it or another process writes to it, or the disk has no room.
+        OSError
+            If writing fails; the message names layer and file, and nothing of these activations is left there.
         """
         with Writer(folder, self.specs, self.n) as writer:
             for name in self:
@@ -230,29 +191,39 @@ class Activations(Mapping[str, Tensor]):
             writer.finish(self.labels, self.sample_ids, self.input_hashes, self.settings)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Activations:
+    def load(cls, folder: str | Path, *, verify: bool = True) -> Activations:
         """Activations that `save` or `capture(folder=...)` wrote; a layer is mapped into memory when it is read.
+
+        Parameters
+        ----------
+        folder
+            Where they are.
+        verify
+            Compare each layer's file with its checksum before it is first read, which takes one pass over its bytes;
+            False where a few samples of large files are wanted. Folders of earlier versions have no checksums.
 
         Raises
         ------
         ValueError
-            If the folder holds none, or a file is missing or damaged.
+            If the folder holds none, or, when a layer is read, if its file is missing or damaged. The message names
+            layer and file; the other layers can be read all the same.
         """
         path = Path(folder)
-        dtypes = {code: dtype for dtype, code in _CODES.items()}
+        dtypes = {code: dtype for dtype, code in CODES.items()}
         try:
-            index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
+            index = read_index(path)
             n, labels, hashes, ids = (index[key] for key in ("n", "labels", "input_hashes", "sample_ids"))
             specs = {
                 item["name"]: Spec(tuple(item["shape"]), dtypes[item["dtype"]], item.get("gates"))
                 for item in index["layers"]
             }
             files = {item["name"]: path / item["file"] for item in index["layers"]}
+            checksums = {item["name"]: item["crc32"] for item in index["layers"] if verify and "crc32" in item}
             if labels is not None:
                 values, kind = labels["values"], labels["dtype"]
                 labels = np.array(values) if kind == "str" else torch.tensor(values, dtype=dtypes[kind], device="cpu")
             return cls(
-                _Files(files, specs, n),
+                Files(files, specs, n, checksums),
                 labels,
                 np.array(ids),
                 specs=specs,
@@ -261,7 +232,7 @@ class Activations(Mapping[str, Tensor]):
                 place=f"in {path}",
                 n=n,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds no complete activations: {type(error).__name__}: {error}") from error
 
     def __repr__(self) -> str:
@@ -289,7 +260,7 @@ class _Rows(Mapping[str, Tensor]):
     """Some rows of some layers, cut when a layer is read."""
 
     def __init__(self, parent: Activations, rows: Tensor | slice, names: list[str]) -> None:
-        self.parent, self.rows, self.names = parent, rows, names
+        self.parent, self.rows, self.names, self.in_files = parent, rows, names, parent.in_files
 
     def __getitem__(self, name: str) -> Tensor:
         return self.parent[name][self.rows]
@@ -299,121 +270,6 @@ class _Rows(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-class _Files(Mapping[str, Tensor]):
-    """Layers in files of their own."""
-
-    def __init__(self, files: dict[str, Path], specs: Mapping[str, Spec], n: int) -> None:
-        self.files, self.specs, self.n = files, specs, n
-
-    def __getitem__(self, name: str) -> Tensor:
-        expected = (self.n, *self.specs[name].shape)
-        try:
-            with safe_open(str(self.files[name]), "pt") as file:
-                x: Tensor = file.get_tensor("activations")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"layer {name!r}: cannot read {self.files[name]}: {error}") from error
-        if tuple(x.shape) != expected or x.dtype != self.specs[name].dtype:
-            raise ValueError(
-                f"layer {name!r}: {self.files[name]} holds {tuple(x.shape)} of {x.dtype}, "
-                f"expected {expected} of {self.specs[name].dtype}"
-            )
-        return x
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-class Writer:
-    """Writes layers batch by batch into safetensors files of known size; without `finish` nothing is left to load."""
-
-    def __init__(self, folder: str | Path, specs: Mapping[str, Spec], n: int) -> None:
-        self.folder, self.specs, self.n = Path(folder), specs, n
-        for name, spec in specs.items():
-            if spec.dtype not in _CODES:
-                raise ValueError(f"layer {name!r} is of type {spec.dtype}, which cannot be written to a file")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if any(self.folder.iterdir()):
-            raise ValueError(f"folder {self.folder} must be empty or new, got one with files in it")
-        need, free = n * sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(self.folder).free
-        if need > free:
-            raise ValueError(f"folder {self.folder} needs {readable(need)}, its disk has {readable(free)} free")
-        self._names = {
-            name: f"{number:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:80]}.safetensors"
-            for number, name in enumerate(specs)
-        }
-        self._files: dict[str, BinaryIO] = {}
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def append(self, name: str, x: Tensor) -> None:
-        """Write the next rows of a layer."""
-        if name not in self._files:
-            spec = self.specs[name]
-            entry = {
-                "dtype": _CODES[spec.dtype],
-                "shape": [self.n, *spec.shape],
-                "data_offsets": [0, self.n * spec.nbytes],
-            }
-            header = json.dumps({"activations": entry}).encode()
-            header += b" " * (-len(header) % 8)
-            self._files[name] = (self.folder / self._names[name]).open("wb")
-            self._files[name].write(len(header).to_bytes(8, "little") + header)
-        x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(self._files[name])
-
-    def finish(
-        self,
-        labels: Tensor | np.ndarray | None,
-        sample_ids: np.ndarray,
-        input_hashes: Tensor | None,
-        settings: Mapping[str, object],
-    ) -> None:
-        """Write the index, last and in one step."""
-        for file in self._files.values():
-            file.close()
-        index = {
-            "n": self.n,
-            "layers": [
-                {
-                    "name": name,
-                    "file": self._names[name],
-                    "shape": spec.shape,
-                    "dtype": _CODES[spec.dtype],
-                    "gates": spec.gates,
-                }
-                for name, spec in self.specs.items()
-            ],
-            "labels": None
-            if labels is None
-            else {
-                "dtype": _CODES[labels.dtype] if isinstance(labels, Tensor) else "str",
-                "values": labels.tolist(),
-            },
-            "sample_ids": sample_ids.tolist(),
-            "input_hashes": None if input_hashes is None else input_hashes.tolist(),
-            "settings": dict(settings),
-        }
-        draft = self.folder / f"{_INDEX}.part"
-        draft.write_text(json.dumps(index))
-        os.replace(draft, self.folder / _INDEX)
-
-
-def readable(nbytes: float) -> str:
-    """A number of bytes as people read it: 1.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def _dtype(spec: Spec) -> str:

@@ -13,9 +13,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from repgraph.activations.container import Spec, readable
 from repgraph.activations.forward import kept_random_state
 from repgraph.activations.recording import Recording
+from repgraph.activations.spec import Spec, readable
 
 
 class Passes(Mapping[str, Tensor]):
@@ -25,14 +25,14 @@ class Passes(Mapping[str, Tensor]):
         self.recording, self.groups = recording, groups
         self.held: dict[str, Tensor] = {}
         self.lock = Lock()
-        self.state = _fingerprint(recording.model) if len(groups) > 1 else b""
+        self.state = fingerprint(recording.model) if len(groups) > 1 else b""
 
     @kept_random_state()
     def read(self, number: int) -> None:
         """Run the pass for one group; the group that was held is let go first."""
         recording, n = self.recording, self.recording.source.n
         self.held = {}
-        if recording.passes and _fingerprint(recording.model) != self.state:
+        if recording.passes and fingerprint(recording.model) != self.state:
             raise ValueError(
                 "the model has changed since capture, and these layers are made when they are read: capture again, "
                 "raise memory= to keep all layers, or pass folder="
@@ -103,7 +103,7 @@ def as_bytes(memory: int | str | None) -> int:
     return int(memory)
 
 
-def _fingerprint(model: nn.Module) -> bytes:
+def fingerprint(model: nn.Module) -> bytes:
     """Digest of all parameters and buffers."""
     digest = blake2b(digest_size=16)
     for tensor in chain(model.parameters(), model.buffers()):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from repgraph.activations.batches import model_device, model_dtype, to_device
-from repgraph.activations.container import Spec
 from repgraph.activations.forward import first_tensor, kept_random_state, listen
 from repgraph.activations.gates import GATES, Kinks, Watch, choose_with_gates, matches, watched
 from repgraph.activations.layers import INPUTS, Select, call_key, unwrap
 from repgraph.activations.recording import Recording, check_found, gate_spec
+from repgraph.activations.spec import Spec
 
 
 class LayerNames(list[str]):

@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repgraph.activations.container import Activations, Writer, readable
+from repgraph.activations.container import Activations
+from repgraph.activations.files import Writer
 from repgraph.activations.forward import Forward, kept_random_state
 from repgraph.activations.layers import Select
-from repgraph.activations.memory import Passes, as_bytes, groups_within
+from repgraph.activations.memory import Passes, as_bytes, fingerprint, groups_within
 from repgraph.activations.recording import Recording
 from repgraph.activations.reduce import ChannelAxis, Reduce, check_choice
+from repgraph.activations.shards import shard_settings
+from repgraph.activations.spec import readable
 from repgraph.labels import Labels
 
 
@@ -32,6 +35,7 @@ def capture(
     forward: Forward | None = None,
     sample_ids: Sequence[object] | np.ndarray | None = None,
     samples: int | Sequence[int] | Tensor | None = None,
+    shard: tuple[int, int] | None = None,
     batch_size: int = 64,
     channel_axis: ChannelAxis = None,
     progress: bool = True,
@@ -70,7 +74,8 @@ def capture(
         layers need more, reading a layer runs the model again for as many layers as fit: the data must then come in
         the same order every time, which is checked, and the model must not change.
     folder
-        Write the layers to files in this new or empty folder instead, in one pass; they are mapped when read.
+        Write the layers to files in this new or empty folder instead, in one pass; they are mapped when read, and
+        checked against their checksums (see `Activations.load`). What a killed capture left there is replaced.
     forward
         ``forward(model, batch)`` in place of the call described above; the batch is on the model's device.
     sample_ids
@@ -78,6 +83,11 @@ def capture(
         inputs differ (clean and altered).
     samples
         The first so many samples, or the positions of those to take (kept in the order of the data).
+    shard
+        (i, m), 0 <= i < m: take the i-th of m runs of these samples, as equal in length as can be, so that m processes
+        or machines share the work; `join_shards` puts the parts together. `labels`, `sample_ids` and `samples` are
+        those of all shards. Of a Dataset, only the samples of the shard are loaded; batches are read up to its end. The
+        data must come in the same order every time, which is checked by reading the first batch again.
     batch_size
         Samples per batch where the data come unbatched.
     channel_axis
@@ -97,9 +107,12 @@ def capture(
     ValueError
         If a layer is not found, never runs, gives no tensor, a first axis that is not the batch, other shapes in other
         batches, or NaN; if a layer needs more than the memory; if two runs of the first batch differ (functional
-        dropout, noise) or a later pass sees other samples; if labels or ids do not fit. The message names the layer.
+        dropout, noise) or a later pass sees other samples; if labels or ids do not fit, or there are fewer
+        samples than shards. The message names the layer.
     TypeError
         If the model or the data are of a kind that cannot be read.
+    OSError
+        If a layer cannot be written to the folder (a full disk); nothing of the capture is left there.
 
     Examples
     --------
@@ -112,7 +125,7 @@ def capture(
       2  2  float32
     """
     check_choice(reduce)
-    recording = Recording(model, data, layers, reduce, channel_axis, forward, batch_size, samples, progress)
+    recording = Recording(model, data, layers, reduce, channel_axis, forward, batch_size, samples, progress, shard)
     source, specs = recording.source, recording.specs
     own_labels = None if labels is None else source.pick(labels, "labels")
     ids = source.positions.numpy() if sample_ids is None else source.pick(_id_labels(sample_ids), "sample_ids")
@@ -122,10 +135,14 @@ def capture(
         "layers": _described(layers),
         "reduce": reduce if reduce is None or isinstance(reduce, str) else getattr(reduce, "__name__", "function"),
     }
+    if shard is not None:
+        settings["shard"] = shard_settings(shard, source.of_all_shards, fingerprint(recording.model).hex())
     layer_map: Mapping[str, Tensor]
     if folder is not None:
         with Writer(folder, specs, source.n) as writer:
             recording.run(list(specs), writer.append)
+            if shard is not None:
+                recording.check_order()
             found = own_labels if own_labels is not None else recording.labels
             hashes = None if sample_ids is not None else recording.hashes
             writer.finish(found, np.asarray(ids), hashes, settings)
@@ -133,8 +150,9 @@ def capture(
     groups = groups_within(specs, source.n, budget)
     passes = Passes(recording, groups)
     passes.read(0)
-    if len(groups) > 1:
+    if len(groups) > 1 or shard is not None:
         recording.check_order()
+    if len(groups) > 1:
         layer_map, place = passes, f"of which {readable(budget)} in memory at once, in {len(groups)} passes"
     else:
         layer_map, place = passes.held, "in memory"

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from repgraph.activations.batches import Batch, Source
-from repgraph.activations.container import Spec
 from repgraph.activations.forward import Forward, reseed, run
 from repgraph.activations.gates import GATES, Kinks, choose_with_gates, matches, pack
 from repgraph.activations.layers import Item, Select, choose, unwrap
 from repgraph.activations.reduce import ChannelAxis, Reduce, reduced
+from repgraph.activations.spec import Spec
 
 _PROBE = 4096  # numbers compared per layer between two runs of the first batch
 
@@ -36,6 +36,7 @@ class Recording:
         batch_size: int,
         samples: int | Sequence[int] | Tensor | None,
         progress: bool,
+        shard: tuple[int, int] | None = None,
     ) -> None:
         self.model = unwrap(model)
         self.modules, items, self.patterns = choose_with_gates(self.model, layers)
@@ -43,7 +44,7 @@ class Recording:
             if nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 state = "is not initialized (lazy)" if nn.parameter.is_lazy(tensor) else "is on the meta device"
                 raise ValueError(f"model cannot run: parameter {name!r} {state}")
-        self.source = Source(data, batch_size, samples, whole_batch=forward is not None)
+        self.source = Source(data, batch_size, samples, whole_batch=forward is not None, shard=shard)
         self.reduce, self.channel_axis, self.forward, self.progress = reduce, channel_axis, forward, progress
         self.passes = 0
         self.labels: Tensor | np.ndarray | None = None
@@ -98,8 +99,17 @@ class Recording:
         _check_batch(key, x, batch)
         return reduced(x, self.reduce, mask=batch.mask, channel_axis=self.channel_axis, key=key, module=module)
 
-    def run(self, names: Sequence[str], keep: Callable[[str, Tensor], None], description: str = "capture") -> None:
-        """One pass that hands the batches of the named layers to `keep`, in order, and checks everything on the way."""
+    def run(
+        self,
+        names: Sequence[str],
+        keep: Callable[[str, Tensor], None],
+        description: str = "capture",
+        start: int = 0,
+    ) -> None:
+        """One pass that hands the batches of the named layers to `keep`, in order, and checks everything on the way.
+
+        Later passes than the first may leave out the first `start` samples.
+        """
         wanted = set(names)
         with_gates = any(self.specs[name].gates is not None for name in names)
         modules = {
@@ -150,7 +160,7 @@ class Recording:
                 keep(name, pack(bits.reshape(len(bits), count)))
 
         first = self._iterator is not None
-        batches = chain([self._first], self._iterator) if self._iterator is not None else iter(self.source)
+        batches = chain([self._first], self._iterator) if self._iterator is not None else self.source.batches(start)
         self._iterator = None
         passing = run(
             self.model,
@@ -161,7 +171,7 @@ class Recording:
             forward=self.forward,
             passes=self.passes,
             progress=description if self.progress else None,
-            total=self.source.num_batches,
+            total=None if start else self.source.num_batches,
         )
         self.passes += 1
         labels: list[Tensor | np.ndarray] = []
@@ -197,8 +207,8 @@ class Recording:
         if len(differ):
             raise ValueError(
                 f"data gave another sample {batch.start + int(differ[0])} in a later pass than in the first: "
-                "several passes need a loader that does not shuffle and images without random augmentation; or raise "
-                "memory=, or pass folder="
+                "several passes, and shards, need a loader that does not shuffle and images without random "
+                "augmentation; several passes are avoided by a larger memory= or by folder="
             )
 
     def check_order(self) -> None:
