@@ -1,0 +1,91 @@
+"""How time and memory grow with samples, layers and features.
+
+    python -m benchmarks.scaling [--full]
+
+`knn_graph`, k = 10, on features behind a ReLU as in benchmarks.knn; `profile_activations` of 7, 14 and 28 equal
+layers; `knn_graph` of 500 samples of very many features beside their bare product. An exponent p is the slope of a
+least-squares line through log time against log size: time grows as size^p.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import repgraph
+from benchmarks.knn import K, features, product
+from benchmarks.rows import Row, Target, main, measure
+
+SMALL, FULL = (1000, 2000, 4000), (1000, 2000, 5000, 10_000, 20_000, 50_000)
+LAYERS = (7, 14, 28)
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The p of seconds = c size^p that fits best on logs."""
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def by_samples(n: int, d: int, target: Target) -> Row:
+    x = features("relu", n, d)
+    return measure("knn_graph", f"n = {n:,}, d = {d:,}", lambda: repgraph.knn_graph(x, K), target=target)
+
+
+def by_layers(count: int, n: int = 1000, d: int = 512) -> Row:
+    x = features("relu", n, d)
+    layers: dict[str, Tensor] = {f"layer {i}": x.roll(i, 1) for i in range(count)}
+    acts = repgraph.Activations(layers, torch.arange(n) % 20)
+    return measure(
+        "profile",
+        f"{count} layers, n = {n:,}, d = {d:,}",
+        lambda: repgraph.profile_activations(acts, n=n, repeats=1, progress=False),
+    )
+
+
+def wide(n: int, d: int, target: Target) -> Row:
+    x = features("relu", n, d)
+    return measure(
+        "knn_graph, wide",
+        f"n = {n:,}, d = {d:,}",
+        lambda: repgraph.knn_graph(x, K),
+        floor=("X X'", lambda: product(x)),
+        target=target,
+    )
+
+
+def rows(full: bool) -> Iterator[Row]:
+    by_layers(2, 1100)  # compiles
+    sizes = FULL if full else SMALL
+    found = []
+    for n in sizes:
+        found.append(by_samples(n, 512, Target()))
+        yield found[-1]
+    p = exponent(sizes, [row.ours for row in found])
+    yield Row(
+        work="knn_graph: time ~ n^p",
+        sizes=f"n = {sizes[0]:,} to {sizes[-1]:,}",
+        value=p,
+        unit="= p",
+        target=Target(value=2.0),
+    )
+    if full:
+        yield by_samples(50_000, 2048, Target(growth=2500))
+    found = []
+    for count in LAYERS:
+        found.append(by_layers(count))
+        yield found[-1]
+    p = exponent(LAYERS, [row.ours for row in found])
+    yield Row(
+        work="profile: time ~ layers^p",
+        sizes=f"{LAYERS[0]} to {LAYERS[-1]} layers",
+        value=p,
+        unit="= p",
+        target=Target(value=1.1),
+        note="1, and 0.1 for noise",
+    )
+    for d in (100_000, 1_000_000) if full else (100_000,):
+        yield wide(500, d, Target(floor=1.1 if full else None, growth=512))
+
+
+if __name__ == "__main__":
+    main(rows)
