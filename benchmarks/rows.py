@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.rss import measured
 
-LONG = 20.0
+LONG = 15.0
 """Work that takes so many seconds is not repeated."""
 SHORT, MOST = 0.3, 15
 """Shorter work is repeated until it has taken so many seconds, but so many times at most."""
@@ -37,13 +37,13 @@ class Target:
 
     def __str__(self) -> str:
         texts = (
-            (self.floor, "{:.3g} of the bound"),
-            (self.peer, f"{{:.3g}} of {self.of or 'the best peer'}"),
-            (self.growth, "{:,.0f} MB"),
-            (self.difference, "difference {:.3g}"),
-            (self.value, "{:.3g}"),
+            (_share(self.floor), " of the bound"),
+            (_share(self.peer), f" of {self.of or 'the best peer'}"),
+            (_number(self.growth), " MB"),
+            (_number(self.difference), " of difference"),
+            (_number(self.value), ""),
         )
-        return ", ".join(f"≤ {text.format(limit)}" for limit, text in texts if limit is not None)
+        return ", ".join(f"≤ {limit}{text}" for limit, text in texts if limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +166,10 @@ def line(row: Row) -> str:
         row.sizes,
         ", ".join(part for part in (_number(row.ours), value) if part),
         f"{row.best} {_number(row.peers.get(row.best))}",
-        _number(row.against_peer),
+        _share(row.against_peer),
         f"{row.floor_name} {_number(row.floor)}",
-        _number(row.against_floor),
-        "" if row.growth is None else f"{row.growth:,.0f}",
+        _share(row.against_floor),
+        "" if row.growth is None else f"{row.growth:.0f}",
         "" if row.difference is None else f"{row.difference:.1g}",
         str(row.target),
         {True: "yes", False: "NO", None: ""}[row.holds],
@@ -203,6 +203,10 @@ def read(path: Path) -> Iterator[Row]:
 
 def _ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a / b
+
+
+def _share(ratio: float | None) -> str:
+    return f"1/{1 / ratio:.3g}" if ratio is not None and 0 < ratio < 0.1 else _number(ratio)
 
 
 def _number(value: float | None) -> str:

@@ -3,8 +3,8 @@
     python -m benchmarks.scaling [--full]
 
 `knn_graph`, k = 10, on features behind a ReLU as in benchmarks.knn; `profile_activations` of 7, 14 and 28 equal
-layers; `knn_graph` of 500 samples of very many features beside their bare product. An exponent p is the slope of a
-least-squares line through log time against log size: time grows as size^p.
+layers; neighbours of 500 samples of very many features, with bound and difference as there. An exponent p is the slope
+of a least-squares line through log time against log size: time grows as size^p.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import repgraph
-from benchmarks.knn import K, features, product
+from benchmarks.knn import K, features, product, wrong
 from benchmarks.rows import Row, Target, main, measure
+from repgraph.neighbors import knn
 
 SMALL, FULL = (1000, 2000, 4000), (1000, 2000, 5000, 10_000, 20_000, 50_000)
 LAYERS = (7, 14, 28)
@@ -45,10 +46,11 @@ def by_layers(count: int, n: int = 1000, d: int = 512) -> Row:
 def wide(n: int, d: int, target: Target) -> Row:
     x = features("relu", n, d)
     return measure(
-        "knn_graph, wide",
+        "nearest neighbours, wide",
         f"n = {n:,}, d = {d:,}",
-        lambda: repgraph.knn_graph(x, K),
+        lambda: knn(x, K)[1],
         floor=("X X'", lambda: product(x)),
+        difference=lambda found, _: wrong(x, found),
         target=target,
     )
 
@@ -84,7 +86,7 @@ def rows(full: bool) -> Iterator[Row]:
         note="1, and 0.1 for noise",
     )
     for d in (100_000, 1_000_000) if full else (100_000,):
-        yield wide(500, d, Target(floor=1.1 if full else None, growth=512))
+        yield wide(500, d, Target(floor=1.1 if full else None, growth=512, difference=0))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,11 @@ def test_a_row_of_the_table_has_a_cell_for_each_heading():
     assert cells[12] == "slow 12 s; a \\| b |"
 
 
+def test_small_ratios_are_fractions():
+    assert str(Target(peer=1 / 22, of="loop", difference=0)) == "≤ 1/22 of loop, ≤ 0 of difference"
+    assert "| 1/40 |" in line(Row(work="fast", ours=1.0, peers={"peer": 40.0}))
+
+
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
 def test_exponent_of_a_power(p):
     sizes = (1000, 2000, 5000, 50_000)
