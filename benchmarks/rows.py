@@ -118,17 +118,7 @@ def measure(
     absent = [f"{name}: {reason}" for name, reason in (peers or {}).items() if isinstance(reason, str)]
     seconds, grown, result = measured(ours)
     everything = {"ours": ours} | ({floor[0]: floor[1]} if floor else {}) | available
-    times: dict[str, list[float]] = {name: [] for name in everything}
-    if seconds >= LONG or runs == 1:
-        times["ours"].append(seconds)
-    results: dict[str, Any] = {}
-    for turn in range(MOST):
-        for name, f in everything.items():
-            spent = times[name]
-            if not spent or (turn < runs and max(spent) < LONG) or sum(spent) < SHORT:
-                start = time.perf_counter()
-                results[name] = f()
-                spent.append(time.perf_counter() - start)
+    times, results = interleaved(everything, runs, {"ours": [seconds]} if seconds >= LONG or runs == 1 else {})
     medians = {name: statistics.median(spent) for name, spent in times.items()}
     few = [f"{name} {len(spent)}" for name, spent in times.items() if len(spent) < runs]
     return Row(
@@ -144,6 +134,22 @@ def measure(
         runs=", ".join(few if len(few) == len(times) else [f"≥ {runs}", *few]),
         note="; ".join([note, *absent] if note else absent),
     )
+
+
+def interleaved(
+    works: Mapping[str, Work], runs: int, before: Mapping[str, list[float]] | None = None
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of every run and the last results, by name; `before` holds runs that count already."""
+    times: dict[str, list[float]] = {name: [] for name in works} | dict(before or {})
+    results: dict[str, Any] = {}
+    for turn in range(MOST):
+        for name, f in works.items():
+            spent = times[name]
+            if not spent or (turn < runs and max(spent) < LONG) or sum(spent) < SHORT:
+                start = time.perf_counter()
+                results[name] = f()
+                spent.append(time.perf_counter() - start)
+    return times, results
 
 
 def peer(module: str, work: Work) -> Work | str:
