@@ -87,10 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
         seconds = time.perf_counter() - start
         if out:
             out.write_text(page(found, seconds, args.full), encoding="utf-8")
-    print(f"\n{judged(found)} {seconds:.0f} s\n{HEAD}")
-    for row in (row for rows in found.values() for row in rows if row.error or row.holds is False):
-        print(line(row))
-    return int(any(row.error for rows in found.values() for row in rows))
+    print(f"\n{judged(found)} {seconds:.0f} s")
+    everything = [row for rows in found.values() for row in rows]
+    if missed := [line(row) for row in everything if row.error or row.holds is False]:
+        print("\n".join(["Failed, or short of the target:", HEAD, *missed]))
+    return int(any(row.error for row in everything))
 
 
 if __name__ == "__main__":
