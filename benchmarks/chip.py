@@ -1,19 +1,23 @@
-"""Channel independence beside one SVD per masked channel: ``python -m benchmarks.chip`` (a minute).
+"""Channel independence beside one SVD per masked channel.
 
-The authors zero one row after the other and take the nuclear norm, in a loop; batched, all masked copies of a sample
-go through one call. Each is in float64, as the differences ask for.
+    python -m benchmarks.chip [--full]
+
+The authors zero one row after the other and take the nuclear norm, in a loop; "batched" puts all masked copies of a
+sample through one call. Each is in float64, as the differences ask for, which are relative to the spectral norm. Maps
+as in CIFAR ResNets, 16 x 16 maps of 64 channels, late and early maps of wider networks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.rss import measured
+from benchmarks.rows import Row, Target, main, measure
 from repgraph.scores.chip import channel_independence_by_sample
 
-SIZES = ((16, 1024), (32, 256), (64, 256), (64, 64), (128, 16), (512, 16), (256, 196), (64, 3136))
-"""Channels and positions: CIFAR ResNets, 16 x 16 maps of 64 channels, late and early maps of wider networks."""
+SMALL = ((16, 16, 1024), (16, 32, 256), (16, 64, 64))
+FULL = (*SMALL, (16, 64, 256), (16, 128, 16), (4, 512, 16), (2, 256, 196), (2, 64, 3136))
+"""Samples, channels, positions."""
 
 
 def looped(maps: Tensor) -> Tensor:
@@ -32,33 +36,29 @@ def batched(maps: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(maps, "nuc") - torch.linalg.matrix_norm(masked, "nuc")
 
 
-def best(f: Callable[[], Tensor]) -> tuple[float, int, Tensor]:
-    """Seconds, peak growth in bytes and result of the fastest of some runs, ten or as many as take half a second."""
-    runs = [measured(f)]
-    while len(runs) < 10 and sum(run[0] for run in runs) < 0.5:
-        runs.append(measured(f))
-    return min(runs, key=lambda run: run[0])
+def by_sample(f: Callable[[Tensor], Tensor], maps: Tensor) -> Tensor:
+    return torch.stack([f(sample) for sample in maps])
 
 
-def main() -> None:
+def row(n: int, c: int, m: int, full: bool) -> Row:
     generator = torch.Generator().manual_seed(0)
-    for threads in dict.fromkeys((1, torch.get_num_threads())):
-        torch.set_num_threads(threads)
-        print(f"{threads} thread{'s' * (threads > 1)}; seconds per sample")
-        for c, m in SIZES:
-            maps = torch.randn(16, c, m, generator=generator, dtype=torch.float64).relu()
-            own, grown, found = best(lambda a=maps: channel_independence_by_sample(a))
-            own /= len(maps)
-            line = f"  {c:4} x {m:4}: {own:.5f} ({grown / 1e6:3.0f} MB for {len(maps)})"
-            for peer in (batched, looped):
-                seconds, grown, expected = best(lambda a=maps[0], f=peer: f(a))
-                off = (found[0] - expected).abs().max() / torch.linalg.matrix_norm(maps[0], 2)
-                line += f"; {peer.__name__} {seconds:.4f} ({grown / 1e6:3.0f} MB), {seconds / own:4.0f}x, off {off:.0e}"
-            for method in ("gram", "qr"):
-                seconds, _, _ = best(lambda a=maps[:1], f=method: channel_independence_by_sample(a, method=f))
-                line += f"; {method} {seconds:.4f}"
-            print(line, flush=True)
+    maps = torch.randn(n, c, m, generator=generator, dtype=torch.float64).relu()
+    scale = torch.linalg.matrix_norm(maps, 2).min()
+    return measure(
+        "channel independence",
+        f"{n} samples, {c} channels x {m:,}",
+        lambda: channel_independence_by_sample(maps),
+        peers={"looped SVD": lambda: by_sample(looped, maps), "batched SVD": lambda: by_sample(batched, maps)},
+        difference=lambda found, others: float((found - others["looped SVD"]).abs().max() / scale),
+        target=Target(peer=1 / 20 if full else None, of="looped SVD", difference=1e-9),
+    )
+
+
+def rows(full: bool) -> Iterator[Row]:
+    row(2, 8, 16, False)  # libraries allocate on first use
+    for size in FULL if full else SMALL:
+        yield row(*size, full)
 
 
 if __name__ == "__main__":
-    main()
+    main(rows)

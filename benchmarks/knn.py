@@ -1,36 +1,41 @@
-"""Exact cosine neighbours: ours against a bare product and the fastest peers, in the same run on the same data.
+"""Exact cosine neighbours, k = 10.
 
-    python -m benchmarks.knn [--n 10000 20000] [--d 512 4096] [--data relu normal] [--repeats 3]
+    python -m benchmarks.knn [--full]
 
-The floor is one full float32 product X X' in blocks of 1024 rows, of which nothing is kept. Peers: torch's product and
-top-k in blocks, scikit-learn's brute force, faiss-cpu's IndexFlatIP (where it is installed) on normalised rows.
-Neighbour sets are compared with float64 on 300 rows. "relu": half of 20 classes' features with noise, behind a ReLU,
-whose cosines crowd near 1; "normal": independent.
+The lower bound is one full float32 product X X' in blocks of 1024 rows, of which nothing is kept. Peers: torch's
+product and top-k in blocks, scikit-learn's brute force, faiss-cpu's IndexFlatIP on normalised rows. "relu": centres of
+20 classes with noise, behind a ReLU, whose cosines crowd near 1; "normal": independent. The difference counts, of 300
+rows, those with another set of neighbours than float64 finds, ties aside.
 """
 
-import argparse
-import platform
-import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-import repgraph
-from benchmarks.rss import measured
+from benchmarks.machine import fast_bfloat16
+from benchmarks.rows import Row, Target, main, measure, peer
 from repgraph.neighbors import knn
 
 K = 10
 _BLOCK = 1024
+SMALL = (("relu", 2000, 512), ("relu", 2000, 4096), ("normal", 2000, 512))
+FULL = (
+    *(("relu", n, d) for n in (10_000, 20_000) for d in (512, 4096)),
+    *(("normal", 10_000, d) for d in (512, 4096)),
+)
 
 
 def features(kind: str, n: int, d: int) -> Tensor:
+    """Samples of `kind`, (n, d), made in one allocation."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, d, generator=generator)
     if kind == "relu":
-        centres = torch.randn(20, d, generator=generator)
-        x = (x + centres[torch.arange(n) % 20] + 1).relu_()
+        centres = torch.randn(20, d, generator=generator) + 1
+        for i in range(0, n, 20):
+            x[i : i + 20] += centres[: n - i]
+        x.relu_()
     return x
 
 
@@ -57,65 +62,50 @@ def by_sklearn(x: Tensor) -> Tensor:
 def by_faiss(x: Tensor) -> Tensor:
     import faiss
 
+    faiss.omp_set_num_threads(torch.get_num_threads())
     z = torch.nn.functional.normalize(x).numpy()
     index = faiss.IndexFlatIP(z.shape[1])
     index.add(z)
     return torch.from_numpy(index.search(z, K + 1)[1])
 
 
-def ours(x: Tensor) -> Tensor:
-    return knn(x, K)[1]
-
-
-def agreement(x: Tensor, found: Tensor) -> int:
+def wrong(x: Tensor, found: Tensor) -> int:
     """Of 300 rows, how many have another set than float64 finds, ties within 1e-12 aside."""
     rows = torch.linspace(0, len(x) - 1, 300).long()
-    z = x / torch.linalg.vector_norm(x.double(), dim=1, keepdim=True)
-    s = z[rows] @ z.T
+    s, squares = torch.zeros(len(rows), len(x), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
+    for part in x.split(2048, dim=1):
+        z = part.double()
+        s += z[rows] @ z.T
+        squares += z.square().sum(1)
+    s /= (squares[rows, None] * squares).sqrt()
     s[torch.arange(len(rows)), rows] = -torch.inf
     kth = s.topk(K).values[:, -1:]
     return int((s.gather(1, found[rows]) < kth - 1e-12).any(1).sum())
 
 
-def median(f: Callable[[], object], repeats: int) -> tuple[float, int, object]:
-    runs = [measured(f) for _ in range(repeats)]
-    return statistics.median(run[0] for run in runs), max(run[1] for run in runs), runs[-1][2]
+def row(kind: str, n: int, d: int, full: bool) -> Row:
+    x = features(kind, n, d)
+    promised = {"floor": 0.6, "peer": 0.5} if fast_bfloat16() else {"peer": 1.0}
+    return measure(
+        "nearest neighbours",
+        f"{kind}, n = {n:,}, d = {d:,}",
+        lambda: knn(x, K)[1],
+        floor=("X X'", lambda: product(x)),
+        peers={
+            "torch": lambda: by_topk(x),
+            "faiss-cpu": peer("faiss", lambda: by_faiss(x)),
+            "scikit-learn": lambda: by_sklearn(x),
+        },
+        difference=lambda found, _: wrong(x, found),
+        target=Target(growth=512, difference=0, **(promised if full else {})),
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, nargs="+", default=[10_000, 20_000])
-    parser.add_argument("--d", type=int, nargs="+", default=[512, 4096])
-    parser.add_argument("--data", nargs="+", default=["relu", "normal"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-sklearn", action="store_true", help="the slowest peer")
-    args = parser.parse_args()
-    peers = {"torch": by_topk} | ({} if args.no_sklearn else {"sklearn": by_sklearn})
-    try:
-        import faiss
-
-        peers["faiss"] = by_faiss
-        faiss.omp_set_num_threads(torch.get_num_threads())
-    except ImportError:
-        print("faiss-cpu is not installed: without it")
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, k = {K}")
-    print("data         n     d  product s  ours s /product   best peer s  /peer  growth wrong")
-    ours(features("normal", 100, 8))  # compiles
-    for kind in args.data:
-        for n in args.n:
-            for d in args.d:
-                x = features(kind, n, d)
-                floor, _, _ = median(lambda x=x: product(x), args.repeats)
-                own, peak, found = median(lambda x=x: ours(x), args.repeats)
-                times = {name: median(lambda f=f, x=x: f(x), args.repeats)[0] for name, f in peers.items()}
-                best = min(times, key=times.__getitem__)
-                print(
-                    f"{kind:7}{n:7}{d:6}{floor:11.2f}{own:8.2f}{own / floor:9.2f}{best:>9}{times[best]:7.2f}"
-                    f"{own / times[best]:7.2f}{peak / 2**20:6.0f} MB{agreement(x, found):6}",
-                    flush=True,
-                )
-    print(f"repgraph {repgraph.__version__}")
+def rows(full: bool) -> Iterator[Row]:
+    knn(features("normal", 2000, 300), K)  # compiles
+    for kind, n, d in FULL if full else SMALL:
+        yield row(kind, n, d, full)
 
 
 if __name__ == "__main__":
-    main()
+    main(rows)

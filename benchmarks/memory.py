@@ -1,65 +1,62 @@
-"""Peak memory of a profile under a budget of a tenth of the activations: ``python -m benchmarks.memory``.
+"""A profile under a memory budget of a tenth of the activations (or the largest layer), beside one that holds them all.
 
-ResNet-56 on 5 x 500 CIFAR-10 images where they are present, else the demo network on 5 x 200 digits. Each line is
-measured in a process of its own, as growth of resident memory over the moment when model and data are loaded.
+    python -m benchmarks.memory [--full]
+
+ResNet-56 on CIFAR-10 images where they are present, else the demo network on digits. Growth may reach the budget, what
+a pass without hooks takes, and 200 MB. The difference is the largest of the two tables. Each runs once: it is memory
+that counts here.
 """
 
-import argparse
-import json
-import subprocess
-import sys
-import time
+import math
+from collections.abc import Iterator
 
 import pandas as pd
 import torch
+from torch import Tensor, nn
 
 import repgraph
 from benchmarks import shared_data
-from benchmarks.rss import growth
-from repgraph.demo import digits, digits_resnet
+from benchmarks.rows import Row, Target, main, measure
+
+SMALL, FULL = 60, 500
+REPEATS = 5
 
 
-def work(kind: str) -> None:
-    real = shared_data.available()
-    model, n = (shared_data.cifar_network(56), 500) if real else (digits_resnet(), 200)
-    x, y = shared_data.cifar_images(5 * n) if real else digits()
-    with torch.no_grad():
-        model(x[:2])  # libraries allocate on first use
-    whole = 5 * n * sum(spec.nbytes for spec in repgraph.layer_names(model, data=x[:2]).specs.values())
-    repgraph.knn_graph(x[:100])
-    table: pd.DataFrame | None = None
-    start = time.perf_counter()
-    with growth() as memory:
-        if kind == "pass without hooks":
-            with torch.no_grad():
-                for batch in x.split(64):
-                    model(batch)
-        else:
-            budget = whole // 10 if kind == "budget of a tenth" else None
-            table = repgraph.profile(model, (x, y), n=n, memory=budget, progress=False)
-    seconds = time.perf_counter() - start
-    values = None if table is None else table.to_json(double_precision=15)
-    print(json.dumps({"peak": memory.peak, "seconds": seconds, "whole": whole, "table": values}))
+@torch.no_grad()
+def passed(model: nn.Module, x: Tensor) -> None:
+    for batch in x.split(64):
+        model(batch)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.work:
-        work(args.work)
-        return
-    found = {}
-    for kind in ("pass without hooks", "everything in memory", "budget of a tenth"):
-        command = [sys.executable, "-m", "benchmarks.memory", "--work", kind]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[kind] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{kind:22s} growth {found[kind]['peak'] / 1e6:7.0f} MB   {found[kind]['seconds']:6.1f} s", flush=True)
-    whole, small = found["everything in memory"], found["budget of a tenth"]
-    limit = whole["whole"] / 10 + found["pass without hooks"]["peak"] + 200e6
-    print(f"activations {whole['whole'] / 1e6:.0f} MB; tables identical: {whole['table'] == small['table']}")
-    print(f"limit: budget + pass without hooks + 200 MB = {limit / 1e6:.0f} MB; reached {small['peak'] / 1e6:.0f} MB")
+def apart(a: pd.DataFrame, b: pd.DataFrame) -> float:
+    """The largest difference; infinite where only one is NaN."""
+    return float((a.fillna(math.inf) - b.fillna(math.inf)).abs().max(axis=None))
+
+
+def rows(full: bool) -> Iterator[Row]:
+    name, model, x, y = shared_data.network(REPEATS * (FULL if full else SMALL))
+    n = len(x) // REPEATS
+    layers = [len(x) * spec.nbytes for spec in repgraph.layer_names(model, data=x[:2]).specs.values()]
+    whole, budget = sum(layers), max(sum(layers) // 10, *layers)
+    sizes = f"{name}, {REPEATS} x {n}, {whole / 1e6:,.0f} MB of activations"
+
+    def profile(memory: int | None) -> pd.DataFrame:
+        return repgraph.profile(model, (x, y), n=n, repeats=REPEATS, memory=memory, progress=False)
+
+    repgraph.profile(model, (x[:100], y[:100]), n=50, repeats=2, progress=False)  # libraries allocate on first use
+    bare = measure("pass without hooks", sizes, lambda: passed(model, x), runs=1)
+    yield bare
+    yield measure(
+        "profile under a budget",
+        sizes,
+        lambda: profile(budget),
+        peers={"all in memory": lambda: profile(None)},
+        difference=lambda found, others: apart(found, others["all in memory"]),
+        target=Target(growth=budget / 1e6 + bare.growth + 200, difference=0),
+        runs=1,
+        note=f"budget {budget / 1e6:.0f} MB",
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(rows)

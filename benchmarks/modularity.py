@@ -1,30 +1,32 @@
-"""Modularity of every layer: the published route against ours, on the same captured activations in the same run.
+"""Modularity of every layer, k = 3, from captured activations.
 
-    python -m benchmarks.modularity [--n 500 2000 5000] [--repeats 3]
+    python -m benchmarks.modularity [--full]
 
-Published route, written from the method note: cosine similarities by one product, the k largest of each row by a heap,
-a dense adjacency, (A + A') / 2, networkx's modularity. The floor is the bare float32 product X X' of each layer.
-Capture is excluded on all sides. ResNet-56 on CIFAR-10 images where they are present, else the demo network on digits.
+The lower bound is the bare float32 product X X' of each layer. The peer is the published route, written from the method
+note: cosine similarities by one product, the k largest of each row by a heap, a dense adjacency, (A + A') / 2,
+networkx's modularity. The difference is the largest of Q. Capture is excluded on all sides, which all read flattened
+features mapped from a folder, and pooled ones in memory. ResNet-56 on CIFAR-10 images where they are present, else the
+demo network on digits.
 """
 
-import argparse
 import heapq
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 
 import networkx as nx
 import numpy as np
-import torch
 from torch import Tensor
 
 import repgraph
 from benchmarks import shared_data
-from benchmarks.rss import growth
-from repgraph.demo import digits, digits_resnet
+from benchmarks.rows import Row, Target, main, measure
 
 K = 3
+SMALL = {500: Target(), 1000: Target(growth=1500)}
+FULL = {500: Target(floor=1.1), 5000: Target(floor=0.6, peer=0.2), 10_000: Target(growth=1500)}
+"""Samples of flattened features; ours alone runs on the most, for which the published route takes 20 minutes."""
+POOLED = {500: Target(peer=1 / 13), 2000: Target(peer=1 / 45)}
 
 
 def published(x: Tensor, labels: Tensor) -> float:
@@ -51,56 +53,46 @@ def product(x: Tensor, labels: Tensor) -> float:
     return float((z @ z.T)[0, 0])
 
 
-def timed(
-    f: Callable[[Tensor, Tensor], float], layers: dict[str, Tensor], y: Tensor, repeats: int
-) -> tuple[float, list]:
-    times, values = [], []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        values = [f(x, y) for x in layers.values()]
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), values
+def curve(f: Callable[[Tensor, Tensor], float], acts: repgraph.Activations) -> np.ndarray:
+    return np.array([f(acts[name], acts.labels) for name in acts])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, nargs="+", default=[500, 2000, 5000])
-    parser.add_argument("--repeats", type=int, default=5, help="median of so many runs; one run from n = 2000 on")
-    args = parser.parse_args()
-    real = shared_data.available()
-    model = shared_data.cifar_network(56) if real else digits_resnet()
-    x, y = shared_data.cifar_images(max(args.n)) if real else digits()
-    network = "ResNet-56, CIFAR-10" if real else "demo network, digits"
-    print(
-        f"{network}; k = {K}; {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, networkx {nx.__version__}"
+def row(acts: repgraph.Activations, sizes: str, target: Target, alone: bool = False) -> Row:
+    """The target is of ResNet-56."""
+    widths = [spec.nbytes // 4 for spec in acts.specs.values()]
+    return measure(
+        "modularity of layers",
+        f"{sizes}, n = {acts.n:,}, {len(acts)} layers of {min(widths):,} to {max(widths):,} features",
+        lambda: curve(ours, acts),
+        floor=None if alone else ("X X'", lambda: curve(product, acts)),
+        peers={} if alone else {"published route": lambda: curve(published, acts)},
+        difference=None if alone else lambda found, others: np.abs(found - others["published route"]).max(),
+        target=target if shared_data.available() else Target(),
+        note=f"ours alone, on {acts.nbytes / 1e9:.1f} GB" if alone else "",
     )
-    print(
-        "features    n  layers      d       published      ours   ratio   products  ours/products  max |dQ|    growth"
-    )
-    for n in args.n:
-        if n > len(x):
-            print(f"n = {n}: only {len(x)} samples")
-            continue
-        for reduce in (None, "mean"):
-            acts = repgraph.capture(model, x[:n], reduce=reduce, memory="12 GB", progress=False)
-            layers = {name: acts[name] for name in acts}
-            repeats = 1 if n >= 2000 else args.repeats
-            with growth() as memory:  # a run of its own: watching costs time
-                timed(ours, layers, y[:n], 1)
-            mine, q = timed(ours, layers, y[:n], repeats)
-            theirs, reference = timed(published, layers, y[:n], repeats)
-            floor, _ = timed(product, layers, y[:n], repeats)
-            widths = [spec.nbytes // 4 for spec in acts.specs.values()]
-            difference = max(abs(a - b) for a, b in zip(q, reference, strict=True))
-            print(
-                f"{'pooled' if reduce else 'flattened':9s} {n:5d}  {len(layers):4d}  {min(widths):5d}-{max(widths):<6d}"
-                f"{theirs:9.2f} s {mine:7.2f} s {theirs / mine:6.1f}x {floor:8.2f} s {mine / floor:10.2f}x   "
-                f"{difference:9.1e}  {memory.peak / 1e6:8.0f} MB",
-                flush=True,
-            )
-            del acts, layers
+
+
+def rows(full: bool) -> Iterator[Row]:
+    targets, pooled = (FULL, POOLED) if full else (SMALL, {500: Target()})
+    name, model, x, y = shared_data.network(max(targets))
+    curve(ours, repgraph.capture(model, (x[:100], y[:100]), progress=False))  # libraries allocate on first use
+    for n in sorted({n for n in (*targets, *pooled) if n > len(x)}):
+        yield Row(work="modularity of layers", sizes=f"{name}, n = {n:,}", note=f"left out: {len(x):,} samples here")
+    for n, target in pooled.items():
+        if n <= len(x):
+            yield row(repgraph.capture(model, (x[:n], y[:n]), reduce="mean", progress=False), f"{name}, pooled", target)
+    most = max(n for n in targets if n <= len(x))
+    need = most * sum(spec.nbytes for spec in repgraph.layer_names(model, data=x[:2]).specs.values())
+    with tempfile.TemporaryDirectory() as folder:
+        if shutil.disk_usage(folder).free < 1.1 * need:
+            note = f"left out: {folder} has no room for {need / 1e9:.1f} GB"
+            yield Row(work="modularity of layers", sizes=f"{name}, flattened", note=note)
+            return
+        acts = repgraph.capture(model, (x[:most], y[:most]), folder=folder, progress=False)
+        for n, target in targets.items():
+            if n <= len(x):
+                yield row(acts.subset(slice(0, n)), f"{name}, flattened", target, alone=n == max(targets))
 
 
 if __name__ == "__main__":
-    main()
+    main(rows)

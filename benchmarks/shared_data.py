@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from repgraph.demo import digits, digits_resnet
+
 SHARED = Path(os.environ.get("REPGRAPH_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -44,3 +46,11 @@ def definitions() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def network(n: int) -> tuple[str, nn.Module, Tensor, Tensor]:
+    """ResNet-56 and n CIFAR-10 images with labels; where they are absent the demo network and its digits, at most n."""
+    if available():
+        return "ResNet-56, CIFAR-10", cifar_network(56), *cifar_images(n)
+    x, y = digits()
+    return "demo network, digits", digits_resnet(), x[:n], y[:n]

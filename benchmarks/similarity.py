@@ -1,19 +1,14 @@
-"""All layer pairs of a network, from its captured activations: ours against the bare Gram products and pytorch-cka.
+"""All layer pairs of a network, from its captured activations.
 
-    python -m benchmarks.similarity [--n 1000] [--repeats 3] [--slow]
+    python -m benchmarks.similarity [--full]
 
-The floor is X X' of each layer, once, in float32. pytorch-cka's `cka_from_features` gives unbiased CKA on the same
-features and clamps it to [0, 1], so positive values are compared. Every further measure starts from prepared layers
-(Gram matrices or graphs). --slow adds those that need n^3 per pair: SVCCA and Procrustes. Capture is excluded on all
-sides. ResNet-56 on CIFAR-10 images where they are present, else the demo network on digits. Runs are interleaved and
-medians printed, since other work on the machine moves single runs.
+The lower bound is X X' of each layer, once, in float32. pytorch-cka's `cka_from_features` gives unbiased CKA on the
+same features and clamps it to [0, 1], so positive values are compared, with its float64 on every ninth layer.
+"Prepared" starts from Gram matrices or graphs. SVCCA and Procrustes, which need n^3 per pair, take every ninth layer.
+Capture is excluded on all sides. ResNet-56 on CIFAR-10 images where they are present, else the demo network on digits.
 """
 
-import argparse
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pandas as pd
 import torch
@@ -21,106 +16,74 @@ from torch import Tensor
 
 import repgraph
 from benchmarks import shared_data
-from benchmarks.rss import growth
-from repgraph.demo import digits, digits_resnet
+from benchmarks.rows import Row, Target, main, measure, peer
 from repgraph.metrics.similarity import cknna, gbs, gram, linear_cka, mutual_knn, procrustes, rbf_cka, rsa, svcca
 
-
-def bare(layers: Mapping[str, Tensor]) -> object:
-    return [z @ z.T for z in layers.values()]
+SMALL, FULL = 300, 1000
 
 
-def peer(layers: Mapping[str, Tensor]) -> Tensor:
+def bare(layers: Mapping[str, Tensor]) -> None:
+    for z in layers.values():
+        z @ z.T
+
+
+def pytorch_cka(layers: Mapping[str, Tensor]) -> Tensor:
     from cka import cka_from_features
 
     features = list(layers.values())
     return cka_from_features(features, features)
 
 
-def table(similarity: Callable[..., float], **options: object) -> Callable[[Mapping[str, object]], pd.DataFrame]:
-    return lambda layers: repgraph.between_layers(similarity, layers, progress=False, **options)
+def table(similarity: Callable[..., float], layers: Mapping[str, object], **options: object) -> pd.DataFrame:
+    return repgraph.between_layers(similarity, layers, progress=False, **options)
 
 
-def timed(f: Callable[[Mapping[str, object]], object], layers: Mapping[str, object]) -> tuple[float, object]:
-    start = time.perf_counter()
-    value = f(layers)
-    return time.perf_counter() - start, value
+def rows(full: bool) -> Iterator[Row]:
+    promised = full and shared_data.available()
+    name, model, x, _ = shared_data.network(FULL if full else SMALL)
+    acts = repgraph.capture(model, x, memory="12 GB", progress=False)
+    layers = {layer: acts[layer].flatten(1) for layer in acts}
+    few = dict(list(layers.items())[::9])
+    pairs = f"{name}, n = {len(x):,}, {len(layers)} layers, {len(layers) * (len(layers) + 1) // 2} pairs"
+    peers = {"pytorch-cka": peer("cka", lambda: pytorch_cka(layers))}
+    exact = None if isinstance(peers["pytorch-cka"], str) else pytorch_cka({at: z.double() for at, z in few.items()})
 
+    def off(found: pd.DataFrame, _: object) -> float:
+        return float((torch.tensor(found.loc[list(few), list(few)].to_numpy()).clamp(0, 1) - exact).abs().max())
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--slow", action="store_true", help="also SVCCA and Procrustes")
-    args = parser.parse_args()
-    real = shared_data.available()
-    model = shared_data.cifar_network(56) if real else digits_resnet()
-    x = (shared_data.cifar_images(args.n) if real else digits())[0][: args.n]
-    acts = repgraph.capture(model, x, memory="16 GB", progress=False)
-    layers = {name: acts[name].flatten(1) for name in acts}
-    widths = [z.shape[1] for z in layers.values()]
-    pairs = len(layers) * (len(layers) + 1) // 2
-    print(
-        f"{'ResNet-56, CIFAR-10' if real else 'demo network, digits'}: n = {len(x)}, {len(layers)} layers of "
-        f"{min(widths)} to {max(widths)} features ({acts.nbytes / 1e6:.0f} MB), {pairs} pairs\n"
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    table(linear_cka, few, unbiased=True)
+    table(gbs, few)  # libraries allocate on first use
+    floor = ("X X'", lambda: bare(layers))
+    yield measure(
+        "unbiased CKA",
+        pairs,
+        lambda: table(linear_cka, layers, unbiased=True),
+        peers=peers,
+        floor=floor,
+        difference=None if exact is None else off,
+        target=Target(floor=1.0, peer=0.5, difference=1e-8) if promised else Target(difference=1e-8),
     )
-    unbiased = table(linear_cka, unbiased=True)
-    routes = {
-        "bare Gram products": bare,
-        "unbiased CKA": unbiased,
-        "GBS, k = 5": table(gbs),
-        "mutual kNN, k = 10": table(mutual_knn),
-    }
-    try:
-        import cka  # noqa: F401
-
-        routes["pytorch-cka"] = peer
-    except ImportError:
-        print("pytorch-cka is not installed: left out")
-    times: dict[str, list[float]] = {name: [] for name in routes}
-    values: dict[str, object] = {}
-    for f in routes.values():  # warm up
-        f(dict(list(layers.items())[:2]))
-    for _ in range(args.repeats):
-        for name, f in routes.items():
-            seconds, values[name] = timed(f, layers)
-            times[name].append(seconds)
-    floor = statistics.median(times["bare Gram products"])
-    print(f"\n{'from features':24s}    time   / products   peak growth")
-    for name, f in routes.items():
-        seconds = statistics.median(times[name])
-        with growth() as memory:  # a run of its own: watching costs time
-            f(layers)
-        print(f"{name:24s} {seconds:6.2f} s {seconds / floor:9.2f}x {memory.peak / 1e6:10.0f} MB", flush=True)
-    if "pytorch-cka" in routes:
-        ratio = statistics.median(times["pytorch-cka"]) / statistics.median(times["unbiased CKA"])
-        own = torch.tensor(values["unbiased CKA"].to_numpy()).clamp(0, 1)
-        print(f"pytorch-cka / ours: {ratio:.2f}x; largest difference {(own - values['pytorch-cka']).abs().max():.1e}")
-        few = dict(list(layers.items())[::9])
-        exact = peer({name: z.double() for name, z in few.items()})
-        own = torch.tensor(unbiased(few).to_numpy()).clamp(0, 1)
-        print(
-            f"against its float64 on {len(few)} layers: ours {(own - exact).abs().max():.1e}, "
-            f"its float32 {(peer(few) - exact).abs().max():.1e}"
-        )
-    grams = {name: gram(z) for name, z in layers.items()}
-    graphs = {name: repgraph.knn_graph(z, 5) for name, z in layers.items()}
-    further = {
-        "unbiased CKA": (unbiased, grams),
-        "linear CKA": (table(linear_cka), grams),
-        "Gaussian CKA": (table(rbf_cka), grams),
-        "RSA": (table(rsa), grams),
-        "CKNNA": (table(cknna), grams),
-        "GBS": (table(gbs), graphs),
-    }
-    if args.slow:
-        further |= {"SVCCA": (table(svcca), grams), "Procrustes": (table(procrustes), grams)}
-    print(f"\n{'from prepared layers':24s}    time   / products")
-    for name, (f, prepared) in further.items():
-        seconds = statistics.median(timed(f, prepared)[0] for _ in range(1 if name in ("SVCCA", "Procrustes") else 3))
-        print(f"{name:24s} {seconds:6.2f} s {seconds / floor:9.2f}x", flush=True)
+    if exact is not None:
+        own = float((pytorch_cka(few) - exact).abs().max())
+        yield Row(work="pytorch-cka in float32 against its float64", sizes=f"{len(few)} layers", difference=own)
+    bound = Target(floor=1.0 if promised else None)
+    yield measure("GBS, k = 5", pairs, lambda: table(gbs, layers), floor=floor, target=bound)
+    yield measure("mutual kNN, k = 10", pairs, lambda: table(mutual_knn, layers), floor=floor)
+    grams = {at: gram(z) for at, z in layers.items()}
+    graphs = {at: repgraph.knn_graph(z, 5) for at, z in layers.items()}
+    for title, f, options in (
+        ("unbiased CKA", linear_cka, {"unbiased": True}),
+        ("linear CKA", linear_cka, {}),
+        ("Gaussian CKA", rbf_cka, {}),
+        ("RSA", rsa, {}),
+        ("CKNNA", cknna, {}),
+    ):
+        yield measure(f"{title}, prepared", pairs, lambda f=f, options=options: table(f, grams, **options))
+    yield measure("GBS, prepared", pairs, lambda: table(gbs, graphs))
+    for title, f in (("SVCCA", svcca), ("Procrustes", procrustes)):
+        some = {at: grams[at] for at in few}
+        yield measure(f"{title}, prepared", f"{len(few)} layers", lambda f=f, some=some: table(f, some))
 
 
 if __name__ == "__main__":
-    main()
+    main(rows)
