@@ -23,7 +23,6 @@ _FEATURES = 512  # features per product: bounds the rounding error of the sum ov
 _WIDE = 4096  # the same where candidates are not crowded: fewer and larger products, a wider bound
 _ROWS = 256  # rows of a block in bfloat16
 _SAMPLE = 128  # rows that tell how crowded the candidates are, and where the k-th best of the others lies at least
-_CROWD = 48  # candidates beyond k that a row may have
 _MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which thresholds cost less than a top-k of each block
 _SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
@@ -150,9 +149,11 @@ def _candidates(
         half = z.new_zeros(n) if half is None else half
         some = _sample(n)
         s = _products(z[some], z, _WIDE)
-        features = _FEATURES if _crowded(s * factor - half, some, k, 2 * _error(z, _WIDE) / factor[some]) else _WIDE
-        found = Candidates(k, factor, half, z.new_full((n,), 2 * _error(z, features), dtype=torch.float64))
-        if features == _WIDE:
+        wide, narrow = (torch.full((n,), 2 * _error(z, f), dtype=torch.float64) for f in (_WIDE, _FEATURES))
+        features, found = _WIDE, Candidates(k, factor, half, wide)
+        if found.crowded(s, some):
+            features, found = _FEATURES, Candidates(k, factor, half, narrow)
+        else:
             found.begin(s, some)
         return _compared(found, settled, z, _block(n, d), lambda i, j, out: _products(z[i:j], z[i:], features, out))
     m = min(k + _SPARE, n - 1)
@@ -185,14 +186,14 @@ def _rough_candidates(
         shift[part] = w.double() @ mean.double()
         size[part], rounded[part], error[part] = (torch.linalg.vector_norm(y.double(), dim=1) for y in (w, v, w - v))
     u = torch.finfo(torch.float32).eps / 2
-    # the last term: rounding of the scaled rows, of what is subtracted, and of the sums of both
-    bound = error * size.max() + rounded * (error.max() + (2**-8 + (d + 8) * u) * rounded.max()) + 32 * u
+    # the last term: rounding of the scaled rows, of what is subtracted, of the sums of both, and of the thresholds
+    bound = error * size.max() + rounded * (error.max() + (d + 8) * u * rounded.max()) + 48 * u
     away = -shift.float() if half is None else half
     some = _sample(n)
     s = (rows[some] @ rows.T).float()
-    if _crowded(s - away, some, k, 2 * bound[some]):
+    found = Candidates(k, torch.ones(n), away, 2 * bound, rounding=2.0**-8)
+    if found.crowded(s, some):
         return None
-    found = Candidates(k, torch.ones(n), away, 2 * bound)
     found.begin(s, some)
     return _compared(found, settled, x, _ROWS, lambda i, j, out: out.copy_(rows[i:j] @ rows[i:].T))
 
@@ -222,13 +223,6 @@ def _compared(
 
 def _sample(n: int) -> Tensor:
     return torch.linspace(0, n - 1, min(n, _SAMPLE)).long()
-
-
-def _crowded(keys: Tensor, rows: Tensor, k: int, margin: Tensor) -> bool:
-    """Whether many of these rows have too many candidates."""
-    keys[torch.arange(len(rows)), rows] = -torch.inf
-    near = keys >= keys.topk(k, dim=1).values[:, -1:] - margin[:, None]
-    return bool((near.sum(1) > k + _CROWD).double().mean() > 0.1)
 
 
 def _refined(

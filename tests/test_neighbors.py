@@ -151,7 +151,7 @@ def test_errors_in_bfloat16_keep_to_their_bound(x, metric, monkeypatch):
             super().add(blocks)
 
     monkeypatch.setattr(neighbors, "Candidates", Recorded)
-    monkeypatch.setattr(neighbors, "_crowded", lambda *_: False)
+    monkeypatch.setattr(Recorded, "crowded", lambda *_: False)
     knn(x, 5, metric=metric, screening="bfloat16")
     true = torch.from_numpy(similarities(x, metric))
     if metric == "euclidean":  # in the unit of rows within the unit ball
