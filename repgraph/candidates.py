@@ -16,11 +16,12 @@ _FRESH = 24  # entries that a row takes before its threshold rises
 
 
 class Candidates:
-    """For each of n rows the entries that may be among its k largest, as far as their errors let it be known.
+    """For each of n rows the entries that may be among its k largest, as far as is known from the entries so far.
 
-    The entry of row o and column c is f_o f_c s_oc - h_o - h_c, where f is 1 or h is 0; its error is below half the
-    row's margin + rounding |s_oc|. It stays while its upper end reaches the k-th largest lower end so far. A row
-    where too many do gives up; it is to be compared with all others.
+    The entry of row o and column c is e_oc = f_o f_c s_oc - h_o - h_c, where f is 1 or h is 0. What it stands for is at
+    most half the row's margin above e_oc, and at most that + rounding |s_oc| below. An entry stays while it is within
+    the margin of the k-th largest of e - rounding |s|. A row where too many do gives up; it is to be compared with all
+    others.
 
     Parameters
     ----------
@@ -31,41 +32,39 @@ class Candidates:
     margin
         (n,): twice the error of a row's entries.
     rounding
-        The part of s that its own rounding may have cost; f is 1 where this is not 0.
+        How much s may be too large, as a part of it; f is 1 where this is not 0.
     """
 
     def __init__(self, k: int, factor: Tensor, half: Tensor, margin: Tensor, rounding: float = 0.0) -> None:
-        self.k, self.factor, self.half = k, factor.numpy(), half.numpy()
+        self.k, self.factor, self.half, self.rounding = k, factor.numpy(), half.numpy(), rounding
         n, size = len(factor), min(2 * k + _CROWD + 16, max(len(factor) - 1, k))
         self.margin = (margin / factor).numpy().astype(self.factor.dtype)
-        self.rounding = self.factor.dtype.type(rounding)
         self.keys = np.empty((n, size), self.factor.dtype)  # without the row's own f and h, which change no order
         self.columns = np.empty((n, size), np.int32)
         self.counts = np.zeros(n, np.int64)
         self.lowest = np.full(n, -np.inf, self.factor.dtype)
         self.full = np.full(n, min(k + _FRESH, size))  # entries at which the threshold rises
         arrays = (self.factor, self.half, self.margin, self.keys, self.columns, self.counts, self.lowest, self.full)
-        self.own = (*arrays, self.rounding, k)
+        self.own = (*arrays, self.factor.dtype.type(rounding), k)
 
     def crowded(self, s: Tensor, rows: Tensor) -> bool:
         """Whether many of a few rows, whose s with all columns is (r, n), would keep too many candidates."""
-        lower, upper = self._ends(s * torch.from_numpy(self.factor), torch.from_numpy(self.half), rows)
-        near = upper >= lower.topk(self.k, dim=1).values[:, -1:] - torch.from_numpy(self.margin)[rows, None]
+        keys = s * torch.from_numpy(self.factor) - torch.from_numpy(self.half)
+        kth = self._kth(s, keys, rows, 1)
+        near = keys >= (kth - torch.from_numpy(self.margin)[rows])[:, None]
         return bool((near.sum(1) > self.k + _CROWD).double().mean() > 0.1)
 
     def begin(self, s: Tensor, rows: Tensor) -> None:
         """Start the thresholds at the k-th largest among a few rows, whose s with all columns is (r, n)."""
         if len(rows) <= self.k + 1 or len(rows) * 8 > len(self.keys):
             return
-        factor, half = torch.from_numpy(self.factor)[rows, None], torch.from_numpy(self.half)[rows, None]
-        lower, _ = self._ends(s * factor, half, rows)
-        self.lowest[:] = lower.T.topk(self.k, dim=1).values[:, -1].numpy() - self.margin
+        keys = s * torch.from_numpy(self.factor)[rows, None] - torch.from_numpy(self.half)[rows, None]
+        self.lowest[:] = self._kth(s, keys, rows, 0).numpy() - self.margin
 
-    def _ends(self, s: Tensor, half: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Between what the rounding leaves of s - half; minus infinity for rows with themselves: (r, n) twice."""
-        keys, lost = s - half, self.rounding * s.abs()
+    def _kth(self, s: Tensor, keys: Tensor, rows: Tensor, dim: int) -> Tensor:
+        """The k-th largest along dim of what the entries of rows (r,), with all columns, stand for at least."""
         keys[torch.arange(len(rows)), rows] = -torch.inf
-        return keys - lost, keys + lost
+        return (keys - self.rounding * s.abs()).topk(self.k, dim=dim).values.select(dim, -1)
 
     def skip(self, rows: Tensor) -> None:
         """Rows (n,) bool that want no candidates."""
@@ -129,7 +128,7 @@ def _shared(start: int, stop: int, work: Callable[[int, int], None], least: int 
 
 @njit(cache=True, nogil=True)
 def _as_rows(s, a, b, i, own):  # type: ignore[no-untyped-def]
-    factor, half, margin, keys, columns, counts, lowest, full, rounding, k = own
+    factor, half, lowest = own[0], own[1], own[6]
     for r in range(a, b):
         o = i + r
         for start in range(0, s.shape[1], _RUN):
@@ -137,18 +136,17 @@ def _as_rows(s, a, b, i, own):  # type: ignore[no-untyped-def]
             f, h = factor[i + start : i + start + _RUN], half[i + start : i + start + _RUN]
             low, hits = lowest[o], 0
             for c in range(len(run)):
-                e = run[c] * f[c]
-                hits += e - h[c] + rounding * abs(e) >= low
+                hits += run[c] * f[c] - h[c] >= low
             if hits:
                 for c in range(len(run)):
-                    e = run[c] * f[c]
-                    if e - h[c] + rounding * abs(e) >= lowest[o] and i + start + c != o:
-                        _push(o, e - h[c], i + start + c, own)
+                    key = run[c] * f[c] - h[c]
+                    if key >= lowest[o] and i + start + c != o:
+                        _push(o, key, i + start + c, own)
 
 
 @njit(cache=True, nogil=True)
 def _as_columns(s, a, b, i, j, own):  # type: ignore[no-untyped-def]
-    factor, half, margin, keys, columns, counts, lowest, full, rounding, k = own
+    factor, half, lowest = own[0], own[1], own[6]
     for r in range(s.shape[0]):
         f, h = factor[i + r], half[i + r]
         for start in range(a, b, _RUN):
@@ -156,23 +154,22 @@ def _as_columns(s, a, b, i, j, own):  # type: ignore[no-untyped-def]
             run, low = s[r, start + j - i : stop + j - i], lowest[start + j : stop + j]
             hits = 0
             for c in range(len(run)):
-                e = run[c] * f
-                hits += e - h + rounding * abs(e) >= low[c]
+                hits += run[c] * f - h >= low[c]
             if hits:
                 for c in range(len(run)):
-                    e = run[c] * f
-                    if e - h + rounding * abs(e) >= low[c]:
-                        _push(start + j + c, e - h, i + r, own)
+                    key = run[c] * f - h
+                    if key >= low[c]:
+                        _push(start + j + c, key, i + r, own)
 
 
 @njit(cache=True, nogil=True)
 def _push(o, key, column, own):  # type: ignore[no-untyped-def]
-    _, half, _, keys, columns, counts, lowest, full, rounding, _ = own
+    _, _, _, keys, columns, counts, lowest, full, _, _ = own
     if counts[o] == full[o]:
         _thin(o, own)
         if counts[o] + _FRESH // 2 > keys.shape[1]:
             counts[o], lowest[o] = -1, np.inf
-        if key + rounding * abs(key + half[column]) < lowest[o]:
+        if key < lowest[o]:
             return
     keys[o, counts[o]] = key
     columns[o, counts[o]] = column
@@ -181,16 +178,15 @@ def _push(o, key, column, own):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _thin(o, own):  # type: ignore[no-untyped-def]
-    """Keep what reaches the k-th largest."""
+    """Keep what is within the margin of the k-th largest."""
     _, half, margin, keys, columns, counts, lowest, full, rounding, k = own
-    lower, lost = np.empty(counts[o], keys.dtype), np.empty(counts[o], keys.dtype)
+    least = keys[o, : counts[o]].copy()
     for t in range(counts[o]):
-        lost[t] = rounding * abs(keys[o, t] + half[columns[o, t]])
-        lower[t] = keys[o, t] - lost[t]
-    low = _kth_largest(lower, k) - margin[o]
+        least[t] -= rounding * abs(keys[o, t] + half[columns[o, t]])
+    low = _kth_largest(least, k) - margin[o]
     kept = 0
     for t in range(counts[o]):
-        if keys[o, t] + lost[t] >= low:
+        if keys[o, t] >= low:
             keys[o, kept] = keys[o, t]
             columns[o, kept] = columns[o, t]
             kept += 1

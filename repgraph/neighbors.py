@@ -22,6 +22,7 @@ Screening = Literal["auto", "float32", "bfloat16"]
 _FEATURES = 512  # features per product: bounds the rounding error of the sum over all of them
 _WIDE = 4096  # the same where candidates are not crowded: fewer and larger products, a wider bound
 _ROWS = 256  # rows of a block in bfloat16
+_ROUNDING = 2.0**-8  # what bfloat16 may have rounded off a product, as a part of the rounded one
 _SAMPLE = 128  # rows that tell how crowded the candidates are, and where the k-th best of the others lies at least
 _MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which thresholds cost less than a top-k of each block
 _SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole row again
@@ -75,9 +76,10 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = 
 
     Large inputs on a CPU: each row keeps what lies within twice the error of its k-th best so far, in a compiled pass
     over every block. In bfloat16 the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\|
-    e_j + (2^-8 + d u) \|v_i\| \|v_j\|, with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured; the terms <w, m> are
-    kept in float32. Where that leaves many rows with too many candidates (tight clusters), products are computed in
-    float32 after all.
+    e_j + d u \|v_i\| \|v_j\|, with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured, before it is rounded to s_ij:
+    that adds 2^-8 |s_ij| at most, so that j is left out where s_ij + 2^-8 |s_ij| is less than the k-th largest of
+    s_ic - 2^-8 |s_ic| by twice the error. The terms <w, m> are kept in float32. Where many rows have more than k + 80
+    candidates (tight clusters), products are computed in float32 after all.
 
     The bound in float32: products are summed over chunks of c features and the chunks one after the other, so in any
     order inside a chunk the error of a cosine is below (min(c, d) + d/c + 16) u, u = 2^-24 (2^-53 for float64), with c
@@ -190,12 +192,18 @@ def _rough_candidates(
     bound = error * size.max() + rounded * (error.max() + (d + 8) * u * rounded.max()) + 48 * u
     away = -shift.float() if half is None else half
     some = _sample(n)
-    s = (rows[some] @ rows.T).float()
-    found = Candidates(k, torch.ones(n), away, 2 * bound, rounding=2.0**-8)
+    s = _upper(rows[some] @ rows.T)
+    found = Candidates(k, torch.ones(n), away, 2 * bound, 2 * _ROUNDING / (1 - _ROUNDING))
     if found.crowded(s, some):
         return None
     found.begin(s, some)
-    return _compared(found, settled, x, _ROWS, lambda i, j, out: out.copy_(rows[i:j] @ rows[i:].T))
+    return _compared(found, settled, x, _ROWS, lambda i, j, out: _upper(rows[i:j] @ rows[i:].T, out))
+
+
+def _upper(s: Tensor, out: Tensor | None = None) -> Tensor:
+    """The most that may have been rounded to s in bfloat16, in float32; s is used up."""
+    out = s.float() if out is None else out.copy_(s)
+    return out.add_(s.abs_(), alpha=_ROUNDING)
 
 
 def _compared(
