@@ -128,7 +128,7 @@ def _shared(start: int, stop: int, work: Callable[[int, int], None], least: int 
 
 @njit(cache=True, nogil=True)
 def _as_rows(s, a, b, i, own):  # type: ignore[no-untyped-def]
-    factor, half, lowest = own[0], own[1], own[6]
+    factor, half, margin, keys, columns, counts, lowest, full, rounding, k = own
     for r in range(a, b):
         o = i + r
         for start in range(0, s.shape[1], _RUN):
@@ -141,12 +141,12 @@ def _as_rows(s, a, b, i, own):  # type: ignore[no-untyped-def]
                 for c in range(len(run)):
                     key = run[c] * f[c] - h[c]
                     if key >= lowest[o] and i + start + c != o:
-                        _push(o, key, i + start + c, own)
+                        _push(o, key, i + start + c, half, margin, keys, columns, counts, lowest, full, rounding, k)
 
 
 @njit(cache=True, nogil=True)
 def _as_columns(s, a, b, i, j, own):  # type: ignore[no-untyped-def]
-    factor, half, lowest = own[0], own[1], own[6]
+    factor, half, margin, keys, columns, counts, lowest, full, rounding, k = own
     for r in range(s.shape[0]):
         f, h = factor[i + r], half[i + r]
         for start in range(a, b, _RUN):
@@ -159,14 +159,13 @@ def _as_columns(s, a, b, i, j, own):  # type: ignore[no-untyped-def]
                 for c in range(len(run)):
                     key = run[c] * f - h
                     if key >= low[c]:
-                        _push(start + j + c, key, i + r, own)
+                        _push(start + j + c, key, i + r, half, margin, keys, columns, counts, lowest, full, rounding, k)
 
 
 @njit(cache=True, nogil=True)
-def _push(o, key, column, own):  # type: ignore[no-untyped-def]
-    _, _, _, keys, columns, counts, lowest, full, _, _ = own
+def _push(o, key, column, half, margin, keys, columns, counts, lowest, full, rounding, k):  # type: ignore[no-untyped-def]
     if counts[o] == full[o]:
-        _thin(o, own)
+        _thin(o, half, margin, keys, columns, counts, lowest, full, rounding, k)
         if counts[o] + _FRESH // 2 > keys.shape[1]:
             counts[o], lowest[o] = -1, np.inf
         if key < lowest[o]:
@@ -177,9 +176,8 @@ def _push(o, key, column, own):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _thin(o, own):  # type: ignore[no-untyped-def]
+def _thin(o, half, margin, keys, columns, counts, lowest, full, rounding, k):  # type: ignore[no-untyped-def]
     """Keep what is within the margin of the k-th largest."""
-    _, half, margin, keys, columns, counts, lowest, full, rounding, k = own
     least = keys[o, : counts[o]].copy()
     for t in range(counts[o]):
         least[t] -= rounding * abs(keys[o, t] + half[columns[o, t]])
@@ -196,10 +194,10 @@ def _thin(o, own):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _last(a, b, own):  # type: ignore[no-untyped-def]
-    counts, k = own[5], own[-1]
+    _, half, margin, keys, columns, counts, lowest, full, rounding, k = own
     for o in range(a, b):
         if counts[o] >= k:
-            _thin(o, own)
+            _thin(o, half, margin, keys, columns, counts, lowest, full, rounding, k)
 
 
 @njit(cache=True, nogil=True)

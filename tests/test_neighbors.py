@@ -147,7 +147,7 @@ def test_products_in_bfloat16_decide_most_rows(kind, monkeypatch):
 
 
 def rough_errors(x, metric, monkeypatch):
-    """The largest spread of the errors of a row, in margins: as far as rounding leaves no choice, and of rounded products.
+    """The largest spread of the errors of a row, in margins: what rounding does not explain, and all.
 
     What a product stands for lies between it and `rounding` times it below, but for half the margin at most and what
     all products of a row have in common.
