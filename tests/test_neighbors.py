@@ -11,12 +11,14 @@ from hypothesis.extra import numpy as hnp
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 from torch._subclasses import FakeTensorMode
+from tqdm import tqdm
 
 from repgraph import neighbors
 from repgraph.candidates import Candidates
 from repgraph.neighbors import as_samples, knn
 
 METRICS = ("cosine", "euclidean")
+BAR = tqdm(disable=True)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -423,7 +425,7 @@ def test_screened_values_keep_to_their_bound(block):
     """The error of a screened cosine is below (512 + d/512 + 8) u; each of the m largest is found."""
     x = normal(256, 700).abs() + 1
     factor = torch.linalg.vector_norm(x, dim=1).reciprocal()
-    values, indices = neighbors._screen(x, factor, None, 20, block)
+    values, indices = neighbors._screen(x, factor, None, 20, block, BAR)
     s = torch.from_numpy(similarities(x, "cosine"))
     bound = (512 + 700 / 512 + 8) * 2.0**-24
     assert (values.double() - s.gather(1, indices)).abs().max() < bound
@@ -435,7 +437,7 @@ def test_screened_values_keep_to_their_bound(block):
 def test_screen_finds_the_same_sets_in_any_block(block):
     x = normal(100, 9, dtype=torch.float64)
     half = x.square().sum(1) / 2
-    values, indices = neighbors._screen(x, None, half, 6, block)
+    values, indices = neighbors._screen(x, None, half, 6, block, BAR)
     expected = torch.from_numpy(similarities(x, "euclidean"))
     torch.testing.assert_close(values, -expected.topk(6, dim=1).values.square() / 2)
     assert torch.equal(indices, expected.topk(6, dim=1).indices)
@@ -556,8 +558,8 @@ def test_kernels_stay_on_cuda(d, dtype):
         others = torch.zeros((10, 12), dtype=torch.int64, device="cuda")
         norm = neighbors.row_norms(x)
         results = [norm]
-        results += neighbors._screen(x, norm.reciprocal().to(dtype), None, 11, 256)
-        results += neighbors._screen(x, None, norm.square().to(dtype), 11, 128)
+        results += neighbors._screen(x, norm.reciprocal().to(dtype), None, 11, 256, BAR)
+        results += neighbors._screen(x, None, norm.square().to(dtype), 11, 128, BAR)
         for metric in METRICS:
             results += neighbors._best(neighbors._pair_scores(x, norm, rows, others, metric), others, 3, metric)
             results.append(neighbors._row_scores(x, norm, rows, metric))
