@@ -10,16 +10,19 @@ import torch
 from numba import njit
 from torch import Tensor
 
+_CROWD = 80  # candidates beyond k that a row may have
 _RUN = 32  # entries compared with the threshold before any is looked at
 _FEW, _PART = 1024, 2048  # up to so many samples so many features of all of them stay in a cache
 _FRESH = 24  # entries that a row takes before its threshold rises
 
 
 class Candidates:
-    """For each of n rows the entries that may be among its k largest: within a margin of the k-th largest so far.
+    """For each of n rows the entries that may be among its k largest, as far as is known from the entries so far.
 
-    The entry of row o and column c is f_o f_c s_oc - h_o - h_c, where f is 1 or h is 0. A row whose margin holds too
-    many gives up; it is to be compared with all others.
+    The entry of row o and column c is e_oc = f_o f_c s_oc - h_o - h_c, where f is 1 or h is 0. What it stands for is at
+    most half the row's margin above e_oc, and at most that + rounding |s_oc| below. An entry stays while it is within
+    the margin of the k-th largest of e - rounding |s|. A row where too many do gives up; it is to be compared with all
+    others.
 
     Parameters
     ----------
@@ -29,11 +32,13 @@ class Candidates:
         f and h, (n,), of the type of s, on the CPU.
     margin
         (n,): twice the error of a row's entries.
+    rounding
+        How much s may be too large, as a part of it; f is 1 where this is not 0.
     """
 
-    def __init__(self, k: int, factor: Tensor, half: Tensor, margin: Tensor) -> None:
-        self.k, self.factor, self.half = k, factor.numpy(), half.numpy()
-        n, size = len(factor), min(2 * k + 96, max(len(factor) - 1, k))
+    def __init__(self, k: int, factor: Tensor, half: Tensor, margin: Tensor, rounding: float = 0.0) -> None:
+        self.k, self.factor, self.half, self.rounding = k, factor.numpy(), half.numpy(), rounding
+        n, size = len(factor), min(2 * k + _CROWD + 16, max(len(factor) - 1, k))
         self.margin = (margin / factor).numpy().astype(self.factor.dtype)
         self.keys = np.empty((n, size), self.factor.dtype)  # without the row's own f and h, which change no order
         self.columns = np.empty((n, size), np.int32)
@@ -41,15 +46,26 @@ class Candidates:
         self.lowest = np.full(n, -np.inf, self.factor.dtype)
         self.full = np.full(n, min(k + _FRESH, size))  # entries at which the threshold rises
         arrays = (self.factor, self.half, self.margin, self.keys, self.columns, self.counts, self.lowest, self.full)
-        self.own = (*arrays, k)
+        self.own = (*arrays, self.factor.dtype.type(rounding), k)
+
+    def crowded(self, s: Tensor, rows: Tensor) -> bool:
+        """Whether many of a few rows, whose s with all columns is (r, n), would keep too many candidates."""
+        keys = s * torch.from_numpy(self.factor) - torch.from_numpy(self.half)
+        kth = self._kth(s, keys, rows, 1)
+        near = keys >= (kth - torch.from_numpy(self.margin)[rows])[:, None]
+        return bool((near.sum(1) > self.k + _CROWD).double().mean() > 0.1)
 
     def begin(self, s: Tensor, rows: Tensor) -> None:
         """Start the thresholds at the k-th largest among a few rows, whose s with all columns is (r, n)."""
         if len(rows) <= self.k + 1 or len(rows) * 8 > len(self.keys):
             return
         keys = s * torch.from_numpy(self.factor)[rows, None] - torch.from_numpy(self.half)[rows, None]
+        self.lowest[:] = self._kth(s, keys, rows, 0).numpy() - self.margin
+
+    def _kth(self, s: Tensor, keys: Tensor, rows: Tensor, dim: int) -> Tensor:
+        """The k-th largest along dim of what the entries of rows (r,), with all columns, stand for at least."""
         keys[torch.arange(len(rows)), rows] = -torch.inf
-        self.lowest[:] = keys.T.topk(self.k, dim=1).values[:, -1].numpy() - self.margin
+        return (keys - self.rounding * s.abs()).topk(self.k, dim=dim).values.select(dim, -1)
 
     def skip(self, rows: Tensor) -> None:
         """Rows (n,) bool that want no candidates."""
@@ -114,7 +130,7 @@ def _shared(start: int, stop: int, work: Callable[[int, int], None], least: int 
 
 @njit(cache=True, nogil=True)
 def _as_rows(s, a, b, i, own):  # type: ignore[no-untyped-def]
-    factor, half, margin, keys, columns, counts, lowest, full, k = own
+    factor, half, margin, keys, columns, counts, lowest, full, rounding, k = own
     for r in range(a, b):
         o = i + r
         for start in range(0, s.shape[1], _RUN):
@@ -127,12 +143,12 @@ def _as_rows(s, a, b, i, own):  # type: ignore[no-untyped-def]
                 for c in range(len(run)):
                     key = run[c] * f[c] - h[c]
                     if key >= lowest[o] and i + start + c != o:
-                        _push(o, key, i + start + c, margin, keys, columns, counts, lowest, full, k)
+                        _push(o, key, i + start + c, half, margin, keys, columns, counts, lowest, full, rounding, k)
 
 
 @njit(cache=True, nogil=True)
 def _as_columns(s, a, b, i, j, own):  # type: ignore[no-untyped-def]
-    factor, half, margin, keys, columns, counts, lowest, full, k = own
+    factor, half, margin, keys, columns, counts, lowest, full, rounding, k = own
     for r in range(s.shape[0]):
         f, h = factor[i + r], half[i + r]
         for start in range(a, b, _RUN):
@@ -145,13 +161,13 @@ def _as_columns(s, a, b, i, j, own):  # type: ignore[no-untyped-def]
                 for c in range(len(run)):
                     key = run[c] * f - h
                     if key >= low[c]:
-                        _push(start + j + c, key, i + r, margin, keys, columns, counts, lowest, full, k)
+                        _push(start + j + c, key, i + r, half, margin, keys, columns, counts, lowest, full, rounding, k)
 
 
 @njit(cache=True, nogil=True)
-def _push(o, key, column, margin, keys, columns, counts, lowest, full, k):  # type: ignore[no-untyped-def]
+def _push(o, key, column, half, margin, keys, columns, counts, lowest, full, rounding, k):  # type: ignore[no-untyped-def]
     if counts[o] == full[o]:
-        _thin(o, margin, keys, columns, counts, lowest, full, k)
+        _thin(o, half, margin, keys, columns, counts, lowest, full, rounding, k)
         if counts[o] + _FRESH // 2 > keys.shape[1]:
             counts[o], lowest[o] = -1, np.inf
         if key < lowest[o]:
@@ -162,9 +178,12 @@ def _push(o, key, column, margin, keys, columns, counts, lowest, full, k):  # ty
 
 
 @njit(cache=True, nogil=True)
-def _thin(o, margin, keys, columns, counts, lowest, full, k):  # type: ignore[no-untyped-def]
+def _thin(o, half, margin, keys, columns, counts, lowest, full, rounding, k):  # type: ignore[no-untyped-def]
     """Keep what is within the margin of the k-th largest."""
-    low = _kth_largest(keys[o, : counts[o]].copy(), k) - margin[o]
+    least = keys[o, : counts[o]].copy()
+    for t in range(counts[o]):
+        least[t] -= rounding * abs(keys[o, t] + half[columns[o, t]])
+    low = _kth_largest(least, k) - margin[o]
     kept = 0
     for t in range(counts[o]):
         if keys[o, t] >= low:
@@ -177,10 +196,10 @@ def _thin(o, margin, keys, columns, counts, lowest, full, k):  # type: ignore[no
 
 @njit(cache=True, nogil=True)
 def _last(a, b, own):  # type: ignore[no-untyped-def]
-    _, _, margin, keys, columns, counts, lowest, full, k = own
+    _, half, margin, keys, columns, counts, lowest, full, rounding, k = own
     for o in range(a, b):
         if counts[o] >= k:
-            _thin(o, margin, keys, columns, counts, lowest, full, k)
+            _thin(o, half, margin, keys, columns, counts, lowest, full, rounding, k)
 
 
 @njit(cache=True, nogil=True)

@@ -337,6 +337,7 @@ def knn_graph(
     metric: Metric = "cosine",
     symmetrize: Symmetrize = "mean",
     screening: Screening = "auto",
+    progress: bool = False,
 ) -> Graph:
     r"""Exact k-nearest-neighbour graph over the samples of one layer.
 
@@ -356,6 +357,8 @@ def knn_graph(
         "mean" (default), "union", "mutual", or "none" for the directed graph.
     screening
         In what products are computed first, as in `knn`; the graph is the same.
+    progress
+        Show a bar of the rows.
 
     Returns
     -------
@@ -389,7 +392,7 @@ def knn_graph(
     """
     if symmetrize not in ("mean", "union", "mutual", "none"):
         raise ValueError(f"symmetrize must be 'mean', 'union', 'mutual' or 'none', got {symmetrize!r}")
-    values, indices = knn(x, k, metric=metric, screening=screening)
+    values, indices = knn(x, k, metric=metric, screening=screening, progress=progress)
     n = len(x)
     weight = values.double().flatten().cpu().numpy() if metric == "cosine" else np.ones(n * k)
     column = indices.flatten().cpu().numpy()

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from repgraph.candidates import Candidates, pair_sums
 
@@ -22,17 +23,21 @@ Screening = Literal["auto", "float32", "bfloat16"]
 _FEATURES = 512  # features per product: bounds the rounding error of the sum over all of them
 _WIDE = 4096  # the same where candidates are not crowded: fewer and larger products, a wider bound
 _ROWS = 256  # rows of a block in bfloat16
+_ROUNDING = 2.0**-8  # what bfloat16 may have rounded off a product, as a part of the rounded one
 _SAMPLE = 128  # rows that tell how crowded the candidates are, and where the k-th best of the others lies at least
-_CROWD = 48  # candidates beyond k that a row may have
 _MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which thresholds cost less than a top-k of each block
+_DEEP = 2**15  # features from which products are costly enough, and their errors large enough, in any case
 _SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
+_BLOCK = 2**25  # similarities of a block, but for the least number of rows
 _WORKSPACE = 64 * 2**20  # bytes of float64 numbers held at once
 _NORM_FLOOR = 1e-8
 _SMALL, _LARGE = 1e-15, 1e15  # sizes whose products float32 holds
 
 
-def knn(x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = "auto") -> tuple[Tensor, Tensor]:
+def knn(
+    x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = "auto", progress: bool = False
+) -> tuple[Tensor, Tensor]:
     r"""The k nearest neighbours of each sample, exact, on the device of x.
 
     cosine: s_ij = <x_i, x_j> / (max(\|x_i\|, 1e-8) max(\|x_j\|, 1e-8)), in [-1, 1], the k largest; a zero row
@@ -52,6 +57,8 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = 
         In what products are computed before candidates are compared in float64; the result is the same. "float32" (or
         float64, if x is); "bfloat16", of rows less their mean, on a CPU and for float32; "auto" takes it where the CPU
         has instructions for it, from 1024 samples and 2^19 numbers on.
+    progress
+        Show a bar of the rows: each counts once, and again where it is compared with all others.
 
     Returns
     -------
@@ -76,9 +83,10 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = 
 
     Large inputs on a CPU: each row keeps what lies within twice the error of its k-th best so far, in a compiled pass
     over every block. In bfloat16 the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\|
-    e_j + (2^-8 + d u) \|v_i\| \|v_j\|, with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured; the terms <w, m> are
-    kept in float32. Where that leaves many rows with too many candidates (tight clusters), products are computed in
-    float32 after all.
+    e_j + d u \|v_i\| \|v_j\|, with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured, before it is rounded to s_ij:
+    that adds 2^-8 |s_ij| at most, so that j is left out where s_ij + 2^-8 |s_ij| is less than the k-th largest of
+    s_ic - 2^-8 |s_ic| by twice the error. The terms <w, m> are kept in float32. Where many rows have more than k + 80
+    candidates (tight clusters), products are computed in float32 after all.
 
     The bound in float32: products are summed over chunks of c features and the chunks one after the other, so in any
     order inside a chunk the error of a cosine is below (min(c, d) + d/c + 16) u, u = 2^-24 (2^-53 for float64), with c
@@ -95,13 +103,15 @@ def knn(x: Tensor, k: int, *, metric: Metric = "cosine", screening: Screening = 
     [0.6, 0.8, 0.8]
     """
     x = _checked(x, k, metric)
-    with torch.autocast(x.device.type, enabled=False), full_precision():
-        nearest = _nearest_by_cosine if metric == "cosine" else _nearest_by_distance
-        values, indices = nearest(x, k, _low(x, screening))
+    low = _low(x, screening)
+    nearest = _nearest_by_cosine if metric == "cosine" else _nearest_by_distance
+    bar = tqdm(total=len(x), desc="neighbours", unit="row", disable=not progress, delay=1, leave=False)
+    with bar, torch.autocast(x.device.type, enabled=False), full_precision():
+        values, indices = nearest(x, k, low, bar)
     return values.to(x.dtype), indices
 
 
-def _nearest_by_cosine(x: Tensor, k: int, low: bool) -> tuple[Tensor, Tensor]:
+def _nearest_by_cosine(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[Tensor, Tensor]:
     n = len(x)
     norm = row_norms(x)
     zero = norm == 0
@@ -113,50 +123,55 @@ def _nearest_by_cosine(x: Tensor, k: int, low: bool) -> tuple[Tensor, Tensor]:
         zero = norm == 0
     scale = torch.maximum(norm, _NORM_FLOOR * power)
     factor = scale.reciprocal().to(x.dtype)
-    found = _rough_candidates(x, factor, None, k, zero) if low else None
-    values, indices, some, whole = found or _candidates(x, factor, None, k, zero)
+    found = _rough_candidates(x, factor, None, k, zero, bar) if low else None
+    values, indices, some, whole = found or _candidates(x, factor, None, k, zero, bar)
     if zero.any():  # a zero row ties with everybody at 0: its neighbours are the first others
         first = torch.arange(k, device=x.device).expand(n, k)
         indices[zero, :k] = (first + (first >= torch.arange(n, device=x.device)[:, None]))[zero]
         values[zero] = 0
-    values, nearest = _refined(x, scale, values, indices, k, some, whole, "cosine")
+    values, nearest = _refined(x, scale, values, indices, k, some, whole, "cosine", bar)
     return values.clamp(-1, 1), nearest
 
 
-def _nearest_by_distance(x: Tensor, k: int, low: bool) -> tuple[Tensor, Tensor]:
+def _nearest_by_distance(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[Tensor, Tensor]:
     n, d = x.shape
     x, power = _rescaled(x.reshape(1, -1))
     x = x.reshape(n, d)
-    z = x - x.mean(0, dtype=torch.float64).to(x.dtype)
+    features = max(1, _WORKSPACE // (8 * n))  # the mean in float64 makes a copy
+    z = x - torch.cat([part.mean(0, dtype=torch.float64) for part in x.split(features, 1)]).to(x.dtype)
     largest = row_norms(z).amax().clamp_min(torch.finfo(x.dtype).tiny)
-    z = (z / largest).to(x.dtype)  # rows within the unit ball, where the bound holds
+    z /= largest  # rows within the unit ball, where the bound holds
     nobody = torch.zeros(n, dtype=torch.bool, device=x.device)
     half = row_norms(z).square().to(x.dtype) / 2
-    found = _rough_candidates(z, None, half, k, nobody) if low else None
-    values, indices, _, whole = found or _candidates(z, None, half, k, nobody)
+    found = _rough_candidates(z, None, half, k, nobody, bar) if low else None
+    values, indices, _, whole = found or _candidates(z, None, half, k, nobody, bar)
     del z
     # Every row is refined: float32 loses the digits of distances to cancellation.
-    values, nearest = _refined(x, torch.ones_like(power).expand(n), values, indices, k, ~whole, whole, "euclidean")
+    values, nearest = _refined(x, torch.ones_like(power).expand(n), values, indices, k, ~whole, whole, "euclidean", bar)
     return -values / power, nearest
 
 
 def _candidates(
-    z: Tensor, factor: Tensor | None, half: Tensor | None, k: int, settled: Tensor
+    z: Tensor, factor: Tensor | None, half: Tensor | None, k: int, settled: Tensor, bar: tqdm[Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_screen` compares, falling, and whose, (n, m); rows to compare among these, rows to compare with all."""
     n, d = z.shape
-    if z.device.type == "cpu" and n >= _MANY and n * d >= _NUMBERS:
+    if z.device.type == "cpu" and ((n >= _MANY and n * d >= _NUMBERS) or d >= _DEEP):
         factor = z.new_ones(n) if factor is None else factor
         half = z.new_zeros(n) if half is None else half
-        some = _sample(n)
-        s = _products(z[some], z, _WIDE)
-        features = _FEATURES if _crowded(s * factor - half, some, k, 2 * _error(z, _WIDE) / factor[some]) else _WIDE
-        found = Candidates(k, factor, half, z.new_full((n,), 2 * _error(z, features), dtype=torch.float64))
-        if features == _WIDE:
-            found.begin(s, some)
-        return _compared(found, settled, z, _block(n, d), lambda i, j, out: _products(z[i:j], z[i:], features, out))
+        wide, narrow = (torch.full((n,), 2 * _error(z, f), dtype=torch.float64) for f in (_WIDE, _FEATURES))
+        features, found = _FEATURES, Candidates(k, factor, half, narrow)
+        if n >= _MANY:
+            some = _sample(n)
+            s = _products(z[some], z, _WIDE)
+            rough = Candidates(k, factor, half, wide)
+            if not rough.crowded(s, some):
+                features, found = _WIDE, rough
+                found.begin(s, some)
+        block = _block(n, d)
+        return _compared(found, settled, z, block, lambda i, j, out: _products(z[i:j], z[i:], features, out), bar)
     m = min(k + _SPARE, n - 1)
-    values, indices = _screen(z, factor, half, m, _block(n, d))
+    values, indices = _screen(z, factor, half, m, _block(n, d), bar)
     near = values[:, k - 1] - 2 * _error(z)
     whole = ~settled & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(settled)
     # On a CPU also where the order is known: the values then do not depend on how products were summed.
@@ -167,38 +182,50 @@ def _candidates(
 
 
 def _rough_candidates(
-    x: Tensor, factor: Tensor | None, half: Tensor | None, k: int, settled: Tensor
+    x: Tensor, factor: Tensor | None, half: Tensor | None, k: int, settled: Tensor, bar: tqdm[Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """As `_candidates`, from products in bfloat16; None where these leave too many rows open."""
     n, d = x.shape
     total = torch.zeros(d, dtype=torch.float64)
-    for i in range(0, n if factor is not None else 0, _ROWS):
-        total += factor[i : i + _ROWS].double() @ x[i : i + _ROWS].double()  # type: ignore[index]
+    step = max(1, min(_ROWS, _WORKSPACE // (8 * d)))
+    for i in range(0, n if factor is not None else 0, step):
+        total += factor[i : i + step].double() @ x[i : i + step].double()  # type: ignore[index]
     mean = (total / n).float()
     rows = torch.empty(n, d, dtype=torch.bfloat16)
     shift, size, rounded, error = torch.empty(4, n, dtype=torch.float64)
-    for i in range(0, n, _ROWS):
-        part = slice(i, i + _ROWS)
+    for i in range(0, n, step):
+        part = slice(i, i + step)
         w = x[part] - mean if factor is None else x[part] * factor[part, None] - mean
         rows[part] = w.bfloat16()
         v = rows[part].float()
         shift[part] = w.double() @ mean.double()
         size[part], rounded[part], error[part] = (torch.linalg.vector_norm(y.double(), dim=1) for y in (w, v, w - v))
     u = torch.finfo(torch.float32).eps / 2
-    # the last term: rounding of the scaled rows, of what is subtracted, and of the sums of both
-    bound = error * size.max() + rounded * (error.max() + (2**-8 + (d + 8) * u) * rounded.max()) + 32 * u
+    # the last term: rounding of the scaled rows, of what is subtracted, of the sums of both, and of the thresholds
+    bound = error * size.max() + rounded * (error.max() + (d + 8) * u * rounded.max()) + 48 * u
     away = -shift.float() if half is None else half
     some = _sample(n)
-    s = (rows[some] @ rows.T).float()
-    if _crowded(s - away, some, k, 2 * bound[some]):
+    s = _upper(rows[some] @ rows.T)
+    found = Candidates(k, torch.ones(n), away, 2 * bound, 2 * _ROUNDING / (1 - _ROUNDING))
+    if found.crowded(s, some):
         return None
-    found = Candidates(k, torch.ones(n), away, 2 * bound)
     found.begin(s, some)
-    return _compared(found, settled, x, _ROWS, lambda i, j, out: out.copy_(rows[i:j] @ rows[i:].T))
+    return _compared(found, settled, x, _ROWS, lambda i, j, out: _upper(rows[i:j] @ rows[i:].T, out), bar)
+
+
+def _upper(s: Tensor, out: Tensor | None = None) -> Tensor:
+    """The most that may have been rounded to s in bfloat16, in float32; s is used up."""
+    out = s.float() if out is None else out.copy_(s)
+    return out.add_(s.abs_(), alpha=_ROUNDING)
 
 
 def _compared(
-    found: Candidates, settled: Tensor, x: Tensor, block: int, product: Callable[[int, int, Tensor], Tensor]
+    found: Candidates,
+    settled: Tensor,
+    x: Tensor,
+    block: int,
+    product: Callable[[int, int, Tensor], Tensor],
+    bar: tqdm[Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_candidates` gives, from the products of rows i to j with all from i on, a few blocks in one memory."""
     n = len(x)
@@ -214,6 +241,7 @@ def _compared(
             several, used = [], 0
         several.append((product(i, j, space[used : used + size].view(j - i, n - i)), i, j))
         used += size
+        bar.update(j - i)
     found.add(several)
     values, indices, whole = found.found()
     whole &= ~settled
@@ -224,25 +252,28 @@ def _sample(n: int) -> Tensor:
     return torch.linspace(0, n - 1, min(n, _SAMPLE)).long()
 
 
-def _crowded(keys: Tensor, rows: Tensor, k: int, margin: Tensor) -> bool:
-    """Whether many of these rows have too many candidates."""
-    keys[torch.arange(len(rows)), rows] = -torch.inf
-    near = keys >= keys.topk(k, dim=1).values[:, -1:] - margin[:, None]
-    return bool((near.sum(1) > k + _CROWD).double().mean() > 0.1)
-
-
 def _refined(
-    x: Tensor, scale: Tensor, values: Tensor, indices: Tensor, k: int, some: Tensor, whole: Tensor, metric: Metric
+    x: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    k: int,
+    some: Tensor,
+    whole: Tensor,
+    metric: Metric,
+    bar: tqdm[Any],
 ) -> tuple[Tensor, Tensor]:
     """The k best of each row, compared in float64: among its candidates for `some` rows, among all for `whole` ones."""
     n, d = x.shape
     best, nearest = values[:, :k].double(), indices[:, :k].clone()
-    for rows in _parts(some, indices.shape[1] * (1 if x.device.type == "cpu" else min(d, _FEATURES))):
+    for rows in _parts(some, indices.shape[1] * min(d, _FEATURES)):
         others = indices[rows].sort(1).values
         best[rows], nearest[rows] = _best(_pair_scores(x, scale, rows, others, metric), others, k, metric)
+    bar.total = n + int(whole.sum())
     for rows in _parts(whole, 2 * n):
         others = torch.arange(n, device=x.device).expand(len(rows), n)
         best[rows], nearest[rows] = _best(_row_scores(x, scale, rows, metric), others, k, metric)
+        bar.update(len(rows))
     nearest, order = nearest.sort(dim=1)
     best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
     return best, nearest.gather(1, order)
@@ -292,9 +323,10 @@ def as_samples(x: Tensor) -> Tensor:
 
 def _block(n: int, d: int) -> int:
     """Rows per block: small where products dominate, so that half of them is saved; large where selection does."""
+    most = max(32, _BLOCK // n)
     if d <= _FEATURES:
-        return 512 if n > 4096 else 1024
-    return 128 if n <= 1024 else 256 if n <= 4096 else 512
+        return min(most, 512 if n > 4096 else 1024)
+    return min(most, 128 if n <= 1024 else 256 if n <= 4096 else 512)
 
 
 def _error(x: Tensor, features: int = _FEATURES) -> float:
@@ -309,8 +341,11 @@ def row_norms(x: Tensor) -> Tensor:
         rows = torch.arange(len(x))
         return pair_sums(x, rows, rows[:, None], "cosine")[:, 0].sqrt()
     squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for f in range(0, x.shape[1], _FEATURES):
-        squares += torch.linalg.vector_norm(x[:, f : f + _FEATURES].double(), dim=1).square()
+    step = max(1, _WORKSPACE // (8 * _FEATURES))
+    for i in range(0, len(x), step):
+        for f in range(0, x.shape[1], _FEATURES):
+            part = x[i : i + step, f : f + _FEATURES].double()
+            squares[i : i + step] += torch.linalg.vector_norm(part, dim=1).square()
     return squares.sqrt()
 
 
@@ -360,7 +395,9 @@ def _products(a: Tensor, b: Tensor, features: int = _FEATURES, out: Tensor | Non
     return s
 
 
-def _screen(z: Tensor, factor: Tensor | None, half: Tensor | None, m: int, block: int) -> tuple[Tensor, Tensor]:
+def _screen(
+    z: Tensor, factor: Tensor | None, half: Tensor | None, m: int, block: int, bar: tqdm[Any]
+) -> tuple[Tensor, Tensor]:
     """The m largest of each row of factor_i factor_j <z_i, z_j> - half_i - half_j, self excluded, and their columns.
 
     z is (n, d), factor and half are (n,); the result is (n, m) twice. Each pair is computed once.
@@ -379,6 +416,7 @@ def _screen(z: Tensor, factor: Tensor | None, half: Tensor | None, m: int, block
         _merge(values[i:j], indices[i:j], s, i)
         if j < n:
             _merge(values[j:], indices[j:], s[:, j - i :].T.contiguous(), i)
+        bar.update(j - i)
     return values, indices
 
 
