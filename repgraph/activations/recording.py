@@ -17,11 +17,12 @@ from repgraph.activations.batches import Batch, Source
 from repgraph.activations.forward import Enough, Forward, reseed, run
 from repgraph.activations.gates import GATES, Kinks, choose_with_gates, matches, pack
 from repgraph.activations.layers import Item, Select, choose, unwrap
-from repgraph.activations.reduce import ChannelAxis, Reduce, reduced
+from repgraph.activations.reduce import ChannelAxis, Reduce, channel_axis_of, reduced
 from repgraph.activations.spec import Spec
 
 _PROBE = 4096  # numbers compared per layer between two runs of the first samples
 _PART = 256  # one in so many samples is run twice
+_FINE, _NAN = torch.tensor(0.0, device="cpu"), torch.tensor(torch.nan, device="cpu")
 
 
 class Recording:
@@ -57,6 +58,7 @@ class Recording:
         self._few = self._first.head(max(2, self.source.n // _PART)) if plain else None
         """The first samples, where they are run twice to see what there is; else the first batch runs twice."""
         self._probes: dict[str, Tensor] = {}
+        self._axes: dict[tuple[str, int], int] = {}
         self.specs = self._probe(items)
 
     def _probe(self, items: Sequence[Item]) -> dict[str, Spec]:
@@ -148,7 +150,10 @@ class Recording:
 
     def _value(self, key: str, module: nn.Module, x: Tensor, batch: Batch) -> Tensor:
         _check_batch(key, x, batch)
-        return reduced(x, self.reduce, mask=batch.mask, channel_axis=self.channel_axis, key=key, module=module)
+        axis = self._axes.get((key, x.ndim), self.channel_axis)
+        if isinstance(self.reduce, str) and x.ndim > 2 and (key, x.ndim) not in self._axes:
+            axis = self._axes[key, x.ndim] = channel_axis_of(x, module, key, self.channel_axis)
+        return reduced(x, self.reduce, mask=batch.mask, channel_axis=axis, key=key, module=module)
 
     def run(
         self,
@@ -341,8 +346,8 @@ def _plain(model: nn.Module) -> bool:
 def _flaw(x: Tensor) -> Tensor:
     """NaN if any entry is NaN or infinite, else 0."""
     if x.device.type == "cpu":
-        total = x.sum()  # one pass over x and no sum of finite numbers is NaN; it may overflow
-        return torch.tensor(0.0 if total.isfinite() or x.isfinite().all() else torch.nan, device="cpu")
+        finite = math.isfinite(x.sum().item()) or bool(x.isfinite().all())  # a sum of finite numbers may overflow
+        return _FINE if finite else _NAN
     low, high = x.aminmax()  # both are NaN where any entry is
     return (low * 0 + high * 0).float()
 
