@@ -56,7 +56,7 @@ class Recording:
         self._first = next(self._iterator)
         plain = forward is None and _plain(self.model)
         self._few = self._first.head(max(2, self.source.n // _PART)) if plain else None
-        """The first samples, run ahead to see what there is; None where these do not tell, and the first batch runs twice."""
+        """The first samples, run ahead to see what there is; None where they do not tell and the first batch runs twice."""
         self._probes: dict[str, Tensor] = {}
         self._axes: dict[tuple[str, int], int] = {}
         self.specs = self._probe(items)
@@ -135,7 +135,8 @@ class Recording:
         before = self._probes
         try:
             self._seen(self._few, until)
-            return next((name for name in wanted if not _alike(self._probes.get(name), before[name])), None)
+            odd = (x for x in before if x in wanted and not _alike(self._probes.get(x), before[x]))
+            return next(odd, None)
         finally:
             self._probes = before
 
@@ -345,7 +346,12 @@ def _random(key: str) -> ValueError:
 def _plain(model: nn.Module) -> bool:
     """Whether nobody else looks at the calls of modules: no hooks of others, no wrapped or compiled forward."""
     return not any(
-        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or m._compiled_call_impl is not None
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or "forward" in vars(m)
+        or hasattr(m, "_orig_mod")
+        or isinstance(m, torch.jit.ScriptModule)
+        or m._compiled_call_impl is not None
         for m in model.modules()
     )
 
