@@ -56,7 +56,7 @@ class Recording:
         self._first = next(self._iterator)
         plain = forward is None and _plain(self.model)
         self._few = self._first.head(max(2, self.source.n // _PART)) if plain else None
-        """The first samples, run ahead to see what there is; None where they do not tell and the first batch runs twice."""
+        """The first samples, run ahead to see what there is; None where the first batch is run twice instead."""
         self._probes: dict[str, Tensor] = {}
         self._axes: dict[tuple[str, int], int] = {}
         self.specs = self._probe(items)
