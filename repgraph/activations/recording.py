@@ -55,7 +55,7 @@ class Recording:
         self._iterator: Iterator[Batch] | None = iter(self.source)
         self._first = next(self._iterator)
         plain = forward is None and _plain(self.model)
-        self._few = self._first.head(max(2, self.source.n // _PART)) if plain else None
+        self._few = self._first.head(max(3, self.source.n // _PART | 1)) if plain else None  # odd, as widths rarely are
         """The first samples, run ahead to see what there is; None where the first batch is run twice instead."""
         self._probes: dict[str, Tensor] = {}
         self._axes: dict[tuple[str, int], int] = {}
@@ -89,7 +89,8 @@ class Recording:
             return None
         try:
             specs, gates = self._seen(self._few)
-            if all(name in specs for name in self.modules):
+            by_batch = any(self._few.size in spec.shape for spec in specs.values())  # perhaps (b, b)
+            if not by_batch and all(name in specs for name in self.modules):
                 return specs, gates
         # A model may take batches of one size alone; any other error comes again with the whole first batch.
         except Exception:

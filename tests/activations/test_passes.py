@@ -69,7 +69,7 @@ def test_a_later_pass_ends_behind_the_last_layer_that_it_wants():
         assert torch.equal(acts[name], whole[name])
         grown = [block.seen - b for block, b in zip(model, before, strict=True)]
         if name != "0":
-            few = 2 * 2  # two samples tell twice that this does no harm
+            few = 2 * 3  # three samples tell twice that this does no harm
             number = int(name)
             assert grown == [N + few] * (number + 1) + [0] * (3 - number)
 
@@ -171,14 +171,14 @@ def sizes_seen(model, x, **options):
     return sizes
 
 
-def test_two_samples_are_run_ahead_and_with_hooks_of_others_the_first_batch():
+def test_a_few_samples_are_run_ahead_and_with_hooks_of_others_the_first_batch():
     model = deep(1)
     capture(model, X, names(model), batch_size=4, progress=False)
-    assert model[0].seen == N + 2
+    assert model[0].seen == N + 3
     assert sizes_seen(deep(1), X, batch_size=4) == [4, 4, 4, 4]
     many, model = X.repeat(100, 1), deep(1)
     capture(model, many, names(model), batch_size=100, progress=False)
-    assert model[0].seen == 1200 + 1200 // 256
+    assert model[0].seen == 1200 + 5
 
 
 def fixed(x):
@@ -196,9 +196,16 @@ EXPERT = nn.Linear(6, 6)
         nn.Sequential(Through(fixed)),
         nn.Sequential(nn.BatchNorm1d(6, track_running_stats=False)),
         nn.Sequential(Through(lambda x: x + x.mean(0))),
-        nn.Sequential(Wired(lambda m, x: m.expert(x) if len(x) > 2 else x, expert=EXPERT)),
+        nn.Sequential(Through(lambda x: x @ x.T)),
+        nn.Sequential(Wired(lambda m, x: m.expert(x) if len(x) > 3 else x, expert=EXPERT)),
     ],
-    ids=["one batch size", "statistics of the batch", "mean of the batch", "layer that few samples do not reach"],
+    ids=[
+        "one batch size",
+        "statistics of the batch",
+        "mean of the batch",
+        "products in the batch",
+        "layer that few samples do not reach",
+    ],
 )
 @pytest.mark.parametrize("memory", [None, N * 6 * 4])
 def test_models_that_need_whole_batches_are_captured(model, memory):
