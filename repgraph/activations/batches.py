@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TypeGuard
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 
+from repgraph.activations.hashes import row_hashes
 from repgraph.activations.shards import shard_rows
 from repgraph.labels import Labels, as_labels
 
@@ -41,8 +41,17 @@ class Batch:
         """One 64-bit content hash per sample, (b,), of everything that the model may see."""
         total = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         for number, values in enumerate(_columns(self.seen, self.size)):
-            total += (2 * number + 1) * _row_hashes(values)
+            total += (2 * number + 1) * row_hashes(values)
         return total
+
+    def head(self, size: int) -> Batch | None:
+        """The first samples alone; None where there are no more, or a part of the inputs is no tensor of samples."""
+        parts = self.inputs.values() if isinstance(self.inputs, Mapping) else [self.inputs]
+        if size >= self.size or not all(isinstance(x, Tensor) and x.ndim and len(x) == self.size for x in parts):
+            return None
+        inputs = _take(self.inputs, slice(size), self.size)
+        mask = None if self.mask is None else self.mask[:size]
+        return replace(self, raw=inputs, inputs=inputs, labels=None, mask=mask, size=size, seen=inputs)
 
 
 class Source:
@@ -395,26 +404,3 @@ def read_batches(data: Iterator[object], limit: int | None) -> tuple[list[object
         if limit is not None and total >= limit:
             break
     return items, total
-
-
-def _row_hashes(values: Tensor | Sequence[str]) -> Tensor:
-    """Sum over the 64-bit words of each row of word times a fixed odd number, modulo 2^64: (b,).
-
-    Zeros at the end of a row add nothing, so padding does not change the hash of a token sequence.
-    """
-    if not isinstance(values, Tensor):
-        digests = [int.from_bytes(blake2b(v.encode(), digest_size=8).digest(), "little", signed=True) for v in values]
-        return torch.tensor(digests, dtype=torch.int64, device="cpu")
-    x = values.detach().reshape(len(values), -1).contiguous()
-    data = x.view(torch.uint8) if x.dtype != torch.bool else x.to(torch.uint8)
-    data = nn.functional.pad(data, (0, -data.shape[1] % 8))
-    words = data.view(torch.int64)  # (b, words)
-    return (words * _odd_numbers(words.shape[1]).to(words.device)).sum(1).cpu()
-
-
-def _odd_numbers(count: int) -> Tensor:
-    """The first numbers of the SplitMix64 generator, made odd."""
-    z = (np.arange(1, count + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy(((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64))

@@ -22,6 +22,10 @@ Visit = Callable[[str, nn.Module, Tensor, Batch], None]
 SeeGate = Callable[[str, Tensor, Kinks, Batch], None]
 
 
+class Enough(BaseException):
+    """What a visitor raises when it wants nothing more of a forward pass; no handler of a model's own takes it."""
+
+
 def run(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
@@ -43,6 +47,7 @@ def run(
     ReLU-like calls reach ``gates(key, z, kinks, batch)`` with their input z, before they are computed.
     `passes` counts the passes over the same data so far. Later ones draw other random numbers than the first, so that a
     shuffling loader cannot repeat itself unseen.
+    A visitor may raise `Enough` to end the forward pass of a batch where it is.
     `progress` is the description of a progress bar.
     """
     device, dtype = model_device(model), model_dtype(model)
@@ -85,6 +90,8 @@ def run(
                         forward(model, to_device(batch.raw, device, copy=True))
                     else:
                         call_model(model, to_device(batch.inputs, device, dtype, copy=True))
+            except Enough:
+                pass
             except Exception as error:
                 error.add_note(
                     f"repgraph: batch {number} of shape {_shapes(batch.inputs)}; last layer to run: {last or 'none'}"

@@ -65,7 +65,12 @@ class Passes(Mapping[str, Tensor]):
 
 
 def groups_within(specs: Mapping[str, Spec], n: int, budget: int) -> list[list[str]]:
-    """Runs of consecutive layers that fit the budget, as few as possible."""
+    """Runs of consecutive layers that fit the budget, as few as possible.
+
+    Each run takes all that fit, so by induction no cut into runs is ever farther after as many of them. Groups that
+    are no runs may be fewer, but one group is held at a time and readers go through the layers in execution order: each
+    change of group costs a pass, and what lies between two changes is a run.
+    """
     largest = max(specs, key=lambda name: specs[name].nbytes)
     if n * specs[largest].nbytes > budget:
         raise ValueError(
