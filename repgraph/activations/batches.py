@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 
-from repgraph.activations.hashes import row_hashes
+from repgraph.activations.hashes import content_hashes
 from repgraph.activations.shards import shard_rows
 from repgraph.labels import Labels, as_labels
 
@@ -39,10 +39,7 @@ class Batch:
 
     def hashes(self) -> Tensor:
         """One 64-bit content hash per sample, (b,), of everything that the model may see."""
-        total = torch.zeros(self.size, dtype=torch.int64, device="cpu")
-        for number, values in enumerate(_columns(self.seen, self.size)):
-            total += (2 * number + 1) * row_hashes(values)
-        return total
+        return content_hashes(self.seen, self.size)
 
     def head(self, size: int) -> Batch | None:
         """The first samples alone; None where there are no more, or a part of the inputs is no tensor of samples."""
@@ -287,24 +284,6 @@ def _tensors(item: object) -> Iterator[Tensor]:
     elif isinstance(item, tuple | list):
         for value in item:
             yield from _tensors(value)
-
-
-def _columns(item: object, size: int) -> Iterator[Tensor | Sequence[str]]:
-    """Everything in a batch that has one entry per sample: tensors, and texts."""
-    if isinstance(item, Tensor):
-        if item.ndim and len(item) == size:
-            yield item
-    elif isinstance(item, np.ndarray):
-        if len(item) == size:
-            yield [str(value) for value in item]
-    elif isinstance(item, tuple | list) and len(item) == size and all(isinstance(value, str) for value in item):
-        yield list(item)
-    elif isinstance(item, Mapping):
-        for key in sorted(item, key=str):
-            yield from _columns(item[key], size)
-    elif isinstance(item, tuple | list):
-        for value in item:
-            yield from _columns(value, size)
 
 
 def _size(item: object) -> int:
