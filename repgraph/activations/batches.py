@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from numbers import Integral
 from typing import TypeGuard
 
@@ -242,9 +243,7 @@ def to_device(
 
 def model_device(model: nn.Module) -> torch.device | None:
     """Device of the model's first parameter or buffer; None if it has neither."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return None
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
 
 
 def model_dtype(model: nn.Module) -> torch.dtype | None:
