@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from numbers import Integral
 from typing import TypeGuard
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 
-from repgraph.activations.hashes import row_hashes
+from repgraph.activations.hashes import content_hashes
 from repgraph.activations.shards import shard_rows
 from repgraph.labels import Labels, as_labels
 
@@ -39,10 +40,7 @@ class Batch:
 
     def hashes(self) -> Tensor:
         """One 64-bit content hash per sample, (b,), of everything that the model may see."""
-        total = torch.zeros(self.size, dtype=torch.int64, device="cpu")
-        for number, values in enumerate(_columns(self.seen, self.size)):
-            total += (2 * number + 1) * row_hashes(values)
-        return total
+        return content_hashes(self.seen, self.size)
 
     def head(self, size: int) -> Batch | None:
         """The first samples alone; None where there are no more, or a part of the inputs is no tensor of samples."""
@@ -245,9 +243,7 @@ def to_device(
 
 def model_device(model: nn.Module) -> torch.device | None:
     """Device of the model's first parameter or buffer; None if it has neither."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return None
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
 
 
 def model_dtype(model: nn.Module) -> torch.dtype | None:
@@ -287,24 +283,6 @@ def _tensors(item: object) -> Iterator[Tensor]:
     elif isinstance(item, tuple | list):
         for value in item:
             yield from _tensors(value)
-
-
-def _columns(item: object, size: int) -> Iterator[Tensor | Sequence[str]]:
-    """Everything in a batch that has one entry per sample: tensors, and texts."""
-    if isinstance(item, Tensor):
-        if item.ndim and len(item) == size:
-            yield item
-    elif isinstance(item, np.ndarray):
-        if len(item) == size:
-            yield [str(value) for value in item]
-    elif isinstance(item, tuple | list) and len(item) == size and all(isinstance(value, str) for value in item):
-        yield list(item)
-    elif isinstance(item, Mapping):
-        for key in sorted(item, key=str):
-            yield from _columns(item[key], size)
-    elif isinstance(item, tuple | list):
-        for value in item:
-            yield from _columns(value, size)
 
 
 def _size(item: object) -> int:

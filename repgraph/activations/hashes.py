@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -10,7 +10,33 @@ import torch
 from torch import Tensor, nn
 
 
-def row_hashes(values: Tensor | Sequence[str]) -> Tensor:
+def content_hashes(item: object, size: int) -> Tensor:
+    """One 64-bit hash per sample, (size,), of everything in a batch that has one entry per sample."""
+    total = torch.zeros(size, dtype=torch.int64, device="cpu")
+    for number, values in enumerate(_columns(item, size)):
+        total += (2 * number + 1) * _row_hashes(values)
+    return total
+
+
+def _columns(item: object, size: int) -> Iterator[Tensor | Sequence[str]]:
+    """Everything in a batch that has one entry per sample: tensors, and texts."""
+    if isinstance(item, Tensor):
+        if item.ndim and len(item) == size:
+            yield item
+    elif isinstance(item, np.ndarray):
+        if len(item) == size:
+            yield [str(value) for value in item]
+    elif isinstance(item, tuple | list) and len(item) == size and all(isinstance(value, str) for value in item):
+        yield list(item)
+    elif isinstance(item, Mapping):
+        for key in sorted(item, key=str):
+            yield from _columns(item[key], size)
+    elif isinstance(item, tuple | list):
+        for value in item:
+            yield from _columns(value, size)
+
+
+def _row_hashes(values: Tensor | Sequence[str]) -> Tensor:
     """Sum over the 64-bit words of each row of word times a fixed odd number, modulo 2^64: (b,).
 
     Zeros at the end of a row add nothing, so padding does not change the hash of a token sequence.
