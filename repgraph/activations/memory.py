@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from repgraph.activations.copies import Copies
 from repgraph.activations.forward import kept_random_state
 from repgraph.activations.recording import Recording
 from repgraph.activations.spec import Spec, readable
@@ -48,7 +49,8 @@ class Passes(Mapping[str, Tensor]):
             filled[name] += len(x)
 
         label = f"capture {number + 1}/{len(self.groups)}" if len(self.groups) > 1 else "capture"
-        recording.run(self.groups[number], keep, label)
+        with Copies(keep) as copies:
+            recording.run(self.groups[number], copies, label)
         self.held = held
 
     def __getitem__(self, name: str) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repgraph.activations.container import Activations
+from repgraph.activations.copies import Copies
 from repgraph.activations.files import Writer
 from repgraph.activations.forward import Forward, kept_random_state
 from repgraph.activations.layers import Select
@@ -41,6 +42,8 @@ def capture(
     progress: bool = True,
 ) -> Activations:
     """Run a model over data and keep the outputs of its layers, on the CPU, in the type in which they come.
+
+    From a GPU they are copied to pinned memory while the model goes on, at most 256 MiB at a time.
 
     The model runs in eval mode without gradients and comes out as it went in, also after an exception: hooks, modes,
     buffers and random states are restored.
@@ -140,7 +143,8 @@ def capture(
     layer_map: Mapping[str, Tensor]
     if folder is not None:
         with Writer(folder, specs, source.n) as writer:
-            recording.run(list(specs), writer.append)
+            with Copies(writer.append) as copies:
+                recording.run(list(specs), copies)
             if shard is not None:
                 recording.check_order()
             found = own_labels if own_labels is not None else recording.labels
