@@ -24,9 +24,11 @@ _FEATURES = 512  # features per product: bounds the rounding error of the sum ov
 _WIDE = 4096  # the same where candidates are not crowded: fewer and larger products, a wider bound
 _ROWS = 256  # rows of a block in bfloat16
 _ROUNDING = 2.0**-8  # what bfloat16 may have rounded off a product, as a part of the rounded one
-_SAMPLE = 128  # rows that tell how crowded the candidates are, and where the k-th best of the others lies at least
+_SAMPLE = (
+    128  # rows at most that tell how crowded the candidates are, and where the k-th best of the others lies at least
+)
 _MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which thresholds cost less than a top-k of each block
-_DEEP = 2**15  # features from which products are costly enough, and their errors large enough, in any case
+_DEEP = 2**15  # features from which they do for any number of samples: errors are larger there, and so are products
 _SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
 _BLOCK = 2**25  # similarities of a block, but for the least number of rows
@@ -138,7 +140,7 @@ def _nearest_by_distance(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[
     x, power = _rescaled(x.reshape(1, -1))
     x = x.reshape(n, d)
     features = max(1, _WORKSPACE // (8 * n))  # the mean in float64 makes a copy
-    z = x - torch.cat([part.mean(0, dtype=torch.float64) for part in x.split(features, 1)]).to(x.dtype)
+    z = x - torch.cat([part.mean(0, dtype=torch.float64) for part in torch.split(x, features, 1)]).to(x.dtype)
     largest = row_norms(z).amax().clamp_min(torch.finfo(x.dtype).tiny)
     z /= largest  # rows within the unit ball, where the bound holds
     nobody = torch.zeros(n, dtype=torch.bool, device=x.device)
@@ -160,14 +162,13 @@ def _candidates(
         factor = z.new_ones(n) if factor is None else factor
         half = z.new_zeros(n) if half is None else half
         wide, narrow = (torch.full((n,), 2 * _error(z, f), dtype=torch.float64) for f in (_WIDE, _FEATURES))
-        features, found = _FEATURES, Candidates(k, factor, half, narrow)
-        if n >= _MANY:
-            some = _sample(n)
-            s = _products(z[some], z, _WIDE)
-            rough = Candidates(k, factor, half, wide)
-            if not rough.crowded(s, some):
-                features, found = _WIDE, rough
-                found.begin(s, some)
+        some = _sample(n)
+        s = _products(z[some], z, _WIDE)
+        features, found = _WIDE, Candidates(k, factor, half, wide)
+        if found.crowded(s, some):
+            features, found = _FEATURES, Candidates(k, factor, half, narrow)
+        else:
+            found.begin(s, some)
         block = _block(n, d)
         return _compared(found, settled, z, block, lambda i, j, out: _products(z[i:j], z[i:], features, out), bar)
     m = min(k + _SPARE, n - 1)
@@ -249,7 +250,7 @@ def _compared(
 
 
 def _sample(n: int) -> Tensor:
-    return torch.linspace(0, n - 1, min(n, _SAMPLE)).long()
+    return torch.linspace(0, n - 1, max(1, min(n // 16, _SAMPLE))).long()
 
 
 def _refined(
