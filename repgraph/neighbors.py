@@ -104,13 +104,42 @@ def knn(
     >>> [round(v, 6) for v in values[:, 0].tolist()]
     [0.6, 0.8, 0.8]
     """
-    x = _checked(x, k, metric)
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
+    x = _checked(x, k)
     low = _low(x, screening)
     nearest = _nearest_by_cosine if metric == "cosine" else _nearest_by_distance
     bar = tqdm(total=len(x), desc="neighbours", unit="row", disable=not progress, delay=1, leave=False)
     with bar, torch.autocast(x.device.type, enabled=False), full_precision():
         values, indices = nearest(x, k, low, bar)
     return values.to(x.dtype), indices
+
+
+def largest(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of s (n, n) off the diagonal, falling, and their columns: (n, k) twice.
+
+    Ties go to the lowest index.
+
+    Raises
+    ------
+    ValueError
+        If s is not square or not finite, or k is out of range.
+    """
+    n = len(s := _checked(s, k))
+    if s.shape[1] != n:
+        raise ValueError(f"precomputed similarities must have shape (n, n), got {tuple(s.shape)}")
+    values, indices = s.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=s.device)
+    rows = max(1, _WORKSPACE // (16 * n))
+    for i in range(0, n, rows):
+        part = s[i : i + rows].clone()
+        part.diagonal(i).fill_(-torch.inf)
+        kth = part.topk(k, dim=1).values[:, -1:]
+        above, ties = part > kth, part == kth
+        ties &= ties.cumsum(1) <= k - above.sum(1, keepdim=True)
+        columns = (above | ties).nonzero()[:, 1].view(len(part), k)
+        values[i : i + rows], order = part.gather(1, columns).sort(dim=1, descending=True, stable=True)
+        indices[i : i + rows] = columns.gather(1, order)
+    return values, indices
 
 
 def _nearest_by_cosine(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[Tensor, Tensor]:
@@ -293,9 +322,7 @@ def _low(x: Tensor, screening: str) -> bool:
     return possible and fast and len(x) >= _MANY and x.numel() >= _NUMBERS
 
 
-def _checked(x: Tensor, k: int, metric: str) -> Tensor:
-    if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
+def _checked(x: Tensor, k: int) -> Tensor:
     x = as_samples(x)
     if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k < len(x):
         raise ValueError(f"k must be an integer with 1 <= k < n, got k = {k!r} with n = {len(x)} samples")
