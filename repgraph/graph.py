@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
+from repgraph.approximate import approximate_knn
 from repgraph.neighbors import Metric, Screening, as_samples, knn, largest
 
 if TYPE_CHECKING:
@@ -338,8 +339,9 @@ def knn_graph(
     symmetrize: Symmetrize = "mean",
     screening: Screening = "auto",
     progress: bool = False,
+    approximate: bool = False,
 ) -> Graph:
-    r"""Exact k-nearest-neighbour graph over the samples of one layer.
+    r"""The k-nearest-neighbour graph, exact unless asked otherwise, over the samples of one layer.
 
     Directed: a_ij = s_ij where j is one of the k nearest of i, else no edge. Then U = (A + A') / 2 by default,
     see `Graph.symmetrize`. With metric "cosine" s_ij is the cosine similarity; with "euclidean" every edge
@@ -361,6 +363,9 @@ def knn_graph(
         In what products are computed first, as in `knn`; the graph is the same.
     progress
         Show a bar of the rows.
+    approximate
+        Take most of the nearest neighbours, by `repgraph.approximate.approximate_knn`. The settings then hold the
+        method and the recall, the share of the true neighbours among those found. For 100,000 samples and more.
 
     Returns
     -------
@@ -370,7 +375,10 @@ def knn_graph(
     Raises
     ------
     ValueError
-        As `knn` does, or if `symmetrize` is unknown, or precomputed similarities are not square.
+        As `knn` does, or if `symmetrize` is unknown, or precomputed similarities are not square or to be
+        approximate.
+    ImportError
+        If `approximate` and faiss is not installed.
 
     Notes
     -----
@@ -394,11 +402,18 @@ def knn_graph(
     """
     if symmetrize not in ("mean", "union", "mutual", "none"):
         raise ValueError(f"symmetrize must be 'mean', 'union', 'mutual' or 'none', got {symmetrize!r}")
+    settings: dict[str, object] = {"k": k, "metric": metric, "symmetrize": symmetrize}
     if metric == "precomputed":
+        if approximate:
+            raise ValueError("approximate needs features, got metric='precomputed'")
         values, indices = largest(x, k)
+    elif approximate:
+        found = approximate_knn(x, k, metric=metric)
+        values, indices = found.values, found.indices
+        settings |= {"approximate": "faiss HNSW", "recall": round(found.recall, 4)}
     else:
         values, indices = knn(x, k, metric=metric, screening=screening, progress=progress)
-    return _of_neighbors(values, indices, {"k": k, "metric": metric, "symmetrize": symmetrize})
+    return _of_neighbors(values, indices, settings)
 
 
 def _of_neighbors(values: Tensor, indices: Tensor, settings: Mapping[str, object]) -> Graph:

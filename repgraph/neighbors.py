@@ -80,8 +80,9 @@ def knn(
     The neighbour sets are those of float64 arithmetic on the given features, for any block size and number of
     threads; on a CPU the values are, too. Time: n^2 d / 2 multiply-adds in the type of x, plus the float64 comparisons
     of a few candidates of each row, but of a row with all others where too many of them are within the error of one
-    another, as when every similarity agrees to about 1e-5 (a huge common offset). Memory beyond x: a block of at most
-    1024 x n similarities, on a CPU up to 2 k + 96 candidates of a row, about 200 MiB; in bfloat16 half a copy of x.
+    another, as when every similarity agrees to about 1e-5 (a huge common offset). Memory beyond x: a block of 2^25
+    similarities (32 n for n > 2^20), on a CPU 2 k + 96 candidates of a row, and about 100 MiB: 0.3 GB for n = 50,000.
+    A copy of x for distances, half a copy in bfloat16. An interrupt ends the search after the block at work.
 
     Large inputs on a CPU: each row keeps what lies within twice the error of its k-th best so far, in a compiled pass
     over every block. In bfloat16 the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\|
@@ -104,9 +105,7 @@ def knn(
     >>> [round(v, 6) for v in values[:, 0].tolist()]
     [0.6, 0.8, 0.8]
     """
-    if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
-    x = _checked(x, k)
+    x = checked(x, k, metric)
     low = _low(x, screening)
     nearest = _nearest_by_cosine if metric == "cosine" else _nearest_by_distance
     bar = tqdm(total=len(x), desc="neighbours", unit="row", disable=not progress, delay=1, leave=False)
@@ -125,7 +124,7 @@ def largest(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ValueError
         If s is not square or not finite, or k is out of range.
     """
-    n = len(s := _checked(s, k))
+    n = len(s := checked(s, k, "cosine"))
     if s.shape[1] != n:
         raise ValueError(f"precomputed similarities must have shape (n, n), got {tuple(s.shape)}")
     values, indices = s.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=s.device)
@@ -142,8 +141,26 @@ def largest(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def _nearest_by_cosine(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[Tensor, Tensor]:
-    n = len(x)
+def nearest_among(
+    x: Tensor, others: Tensor, k: int, metric: Metric, some: Tensor, whole: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `knn`: of `some` rows the k nearest of the given others (n, m), -1 = nobody, of `whole` ones those of all."""
+    given = x.dtype
+    if metric == "cosine":
+        x, scale, _ = _with_norms(x)
+    else:
+        x, power = _rescaled(x.reshape(1, -1))
+        x = x.reshape(len(others), -1)
+        scale = torch.ones_like(power).expand(len(x))
+    nobody = others.new_full((len(x), max(0, k - others.shape[1])), -1)
+    others = torch.cat((others, nobody), 1)
+    bar = tqdm(disable=True)
+    values, indices = _refined(x, scale, scale.new_zeros(others.shape), others, k, some, whole, metric, bar)
+    return (values.clamp(-1, 1) if metric == "cosine" else -values / power).to(given), indices
+
+
+def _with_norms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows whose products stay in range, by what their products are divided by, (n,), and which rows are 0."""
     norm = row_norms(x)
     zero = norm == 0
     power = torch.ones_like(norm)
@@ -152,7 +169,12 @@ def _nearest_by_cosine(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[Te
         x, power = _rescaled(x)
         norm = row_norms(x)
         zero = norm == 0
-    scale = torch.maximum(norm, _NORM_FLOOR * power)
+    return x, torch.maximum(norm, _NORM_FLOOR * power), zero
+
+
+def _nearest_by_cosine(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[Tensor, Tensor]:
+    n = len(x)
+    x, scale, zero = _with_norms(x)
     factor = scale.reciprocal().to(x.dtype)
     found = _rough_candidates(x, factor, None, k, zero, bar) if low else None
     values, indices, some, whole = found or _candidates(x, factor, None, k, zero, bar)
@@ -322,7 +344,10 @@ def _low(x: Tensor, screening: str) -> bool:
     return possible and fast and len(x) >= _MANY and x.numel() >= _NUMBERS
 
 
-def _checked(x: Tensor, k: int) -> Tensor:
+def checked(x: Tensor, k: int, metric: str) -> Tensor:
+    """As `as_samples`, and ValueError unless k is within range and the metric known."""
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
     x = as_samples(x)
     if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k < len(x):
         raise ValueError(f"k must be an integer with 1 <= k < n, got k = {k!r} with n = {len(x)} samples")
