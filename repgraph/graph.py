@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
-from repgraph.neighbors import Metric, Screening, as_samples, knn
+from repgraph.approximate import approximate_knn
+from repgraph.neighbors import Metric, Screening, as_samples, knn, largest
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -334,31 +335,37 @@ def knn_graph(
     x: Tensor,
     k: int = 3,
     *,
-    metric: Metric = "cosine",
+    metric: Metric | Literal["precomputed"] = "cosine",
     symmetrize: Symmetrize = "mean",
     screening: Screening = "auto",
     progress: bool = False,
+    approximate: bool = False,
 ) -> Graph:
-    r"""Exact k-nearest-neighbour graph over the samples of one layer.
+    r"""The k-nearest-neighbour graph, exact unless asked otherwise, over the samples of one layer.
 
     Directed: a_ij = s_ij where j is one of the k nearest of i, else no edge. Then U = (A + A') / 2 by default,
     see `Graph.symmetrize`. With metric "cosine" s_ij is the cosine similarity; with "euclidean" every edge
-    weighs 1, since a distance is no similarity.
+    weighs 1, since a distance is no similarity. With "precomputed" s_ij is x_ij.
 
     Parameters
     ----------
     x
-        Samples, shape (n, ...); trailing axes are flattened. The neighbours are found on the device of x.
+        Samples, shape (n, ...); trailing axes are flattened. The neighbours are found on the device of x. With metric
+        "precomputed" similarities, shape (n, n), such as the cosines of a streamed Gram matrix: rows are taken as they
+        are, symmetric or not, the diagonal is not looked at, and ties go to the lowest index.
     k
         Neighbours per sample, 1 <= k < n; 3 is the choice of the modularity authors.
     metric
-        "cosine" (default) or "euclidean".
+        "cosine" (default), "euclidean" or "precomputed".
     symmetrize
         "mean" (default), "union", "mutual", or "none" for the directed graph.
     screening
         In what products are computed first, as in `knn`; the graph is the same.
     progress
         Show a bar of the rows.
+    approximate
+        Take most of the nearest neighbours, by `repgraph.approximate.approximate_knn`. The settings then hold the
+        method and the recall, the share of the true neighbours among those found. For 100,000 samples and more.
 
     Returns
     -------
@@ -368,7 +375,10 @@ def knn_graph(
     Raises
     ------
     ValueError
-        As `knn` does, or if `symmetrize` is unknown.
+        As `knn` does, or if `symmetrize` is unknown, or precomputed similarities are not square or to be
+        approximate.
+    ImportError
+        If `approximate` and faiss is not installed.
 
     Notes
     -----
@@ -392,11 +402,26 @@ def knn_graph(
     """
     if symmetrize not in ("mean", "union", "mutual", "none"):
         raise ValueError(f"symmetrize must be 'mean', 'union', 'mutual' or 'none', got {symmetrize!r}")
-    values, indices = knn(x, k, metric=metric, screening=screening, progress=progress)
-    n = len(x)
-    weight = values.double().flatten().cpu().numpy() if metric == "cosine" else np.ones(n * k)
+    settings: dict[str, object] = {"k": k, "metric": metric, "symmetrize": symmetrize}
+    if metric == "precomputed":
+        if approximate:
+            raise ValueError("approximate needs features, got metric='precomputed'")
+        values, indices = largest(x, k)
+    elif approximate:
+        found = approximate_knn(x, k, metric=metric)
+        values, indices = found.values, found.indices
+        settings |= {"approximate": "faiss HNSW", "recall": round(found.recall, 4)}
+    else:
+        values, indices = knn(x, k, metric=metric, screening=screening, progress=progress)
+    return _of_neighbors(values, indices, settings)
+
+
+def _of_neighbors(values: Tensor, indices: Tensor, settings: Mapping[str, object]) -> Graph:
+    """Graph of the neighbours of each row and their similarities, (n, k), by the settings it carries."""
+    n, k = indices.shape
+    weight = np.ones(n * k) if settings["metric"] == "euclidean" else values.double().flatten().cpu().numpy()
     column = indices.flatten().cpu().numpy()
-    settings = {"k": k, "metric": metric, "symmetrize": symmetrize}
+    symmetrize = str(settings["symmetrize"])
     if symmetrize == "none":
         return Graph(sp.csr_array((weight, column, np.arange(0, n * k + 1, k)), (n, n)), True, settings)
     return Graph._undirected(n, np.repeat(np.arange(n), k), column, weight, symmetrize, settings)

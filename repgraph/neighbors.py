@@ -24,9 +24,11 @@ _FEATURES = 512  # features per product: bounds the rounding error of the sum ov
 _WIDE = 4096  # the same where candidates are not crowded: fewer and larger products, a wider bound
 _ROWS = 256  # rows of a block in bfloat16
 _ROUNDING = 2.0**-8  # what bfloat16 may have rounded off a product, as a part of the rounded one
-_SAMPLE = 128  # rows that tell how crowded the candidates are, and where the k-th best of the others lies at least
+_SAMPLE = (
+    128  # rows at most that tell how crowded the candidates are, and where the k-th best of the others lies at least
+)
 _MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which thresholds cost less than a top-k of each block
-_DEEP = 2**15  # features from which products are costly enough, and their errors large enough, in any case
+_DEEP = 2**15  # features from which they do for any number of samples: errors are larger there, and so are products
 _SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
 _BLOCK = 2**25  # similarities of a block, but for the least number of rows
@@ -78,8 +80,9 @@ def knn(
     The neighbour sets are those of float64 arithmetic on the given features, for any block size and number of
     threads; on a CPU the values are, too. Time: n^2 d / 2 multiply-adds in the type of x, plus the float64 comparisons
     of a few candidates of each row, but of a row with all others where too many of them are within the error of one
-    another, as when every similarity agrees to about 1e-5 (a huge common offset). Memory beyond x: a block of at most
-    1024 x n similarities, on a CPU up to 2 k + 96 candidates of a row, about 200 MiB; in bfloat16 half a copy of x.
+    another, as when every similarity agrees to about 1e-5 (a huge common offset). Memory beyond x: a block of 2^25
+    similarities (32 n for n > 2^20), on a CPU 2 k + 96 candidates of a row, and about 100 MiB: 0.3 GB for n = 50,000.
+    A copy of x for distances, half a copy in bfloat16. An interrupt ends the search after the block at work.
 
     Large inputs on a CPU: each row keeps what lies within twice the error of its k-th best so far, in a compiled pass
     over every block. In bfloat16 the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\|
@@ -102,7 +105,7 @@ def knn(
     >>> [round(v, 6) for v in values[:, 0].tolist()]
     [0.6, 0.8, 0.8]
     """
-    x = _checked(x, k, metric)
+    x = checked(x, k, metric)
     low = _low(x, screening)
     nearest = _nearest_by_cosine if metric == "cosine" else _nearest_by_distance
     bar = tqdm(total=len(x), desc="neighbours", unit="row", disable=not progress, delay=1, leave=False)
@@ -111,8 +114,53 @@ def knn(
     return values.to(x.dtype), indices
 
 
-def _nearest_by_cosine(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[Tensor, Tensor]:
-    n = len(x)
+def largest(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of s (n, n) off the diagonal, falling, and their columns: (n, k) twice.
+
+    Ties go to the lowest index.
+
+    Raises
+    ------
+    ValueError
+        If s is not square or not finite, or k is out of range.
+    """
+    n = len(s := checked(s, k, "cosine"))
+    if s.shape[1] != n:
+        raise ValueError(f"precomputed similarities must have shape (n, n), got {tuple(s.shape)}")
+    values, indices = s.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=s.device)
+    rows = max(1, _WORKSPACE // (16 * n))
+    for i in range(0, n, rows):
+        part = s[i : i + rows].clone()
+        part.diagonal(i).fill_(-torch.inf)
+        kth = part.topk(k, dim=1).values[:, -1:]
+        above, ties = part > kth, part == kth
+        ties &= ties.cumsum(1) <= k - above.sum(1, keepdim=True)
+        columns = (above | ties).nonzero()[:, 1].view(len(part), k)
+        values[i : i + rows], order = part.gather(1, columns).sort(dim=1, descending=True, stable=True)
+        indices[i : i + rows] = columns.gather(1, order)
+    return values, indices
+
+
+def nearest_among(
+    x: Tensor, others: Tensor, k: int, metric: Metric, some: Tensor, whole: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `knn`: of `some` rows the k nearest of the given others (n, m), -1 = nobody, of `whole` ones those of all."""
+    given = x.dtype
+    if metric == "cosine":
+        x, scale, _ = _with_norms(x)
+    else:
+        x, power = _rescaled(x.reshape(1, -1))
+        x = x.reshape(len(others), -1)
+        scale = torch.ones_like(power).expand(len(x))
+    nobody = others.new_full((len(x), max(0, k - others.shape[1])), -1)
+    others = torch.cat((others, nobody), 1)
+    bar = tqdm(disable=True)
+    values, indices = _refined(x, scale, scale.new_zeros(others.shape), others, k, some, whole, metric, bar)
+    return (values.clamp(-1, 1) if metric == "cosine" else -values / power).to(given), indices
+
+
+def _with_norms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows whose products stay in range, by what their products are divided by, (n,), and which rows are 0."""
     norm = row_norms(x)
     zero = norm == 0
     power = torch.ones_like(norm)
@@ -121,7 +169,12 @@ def _nearest_by_cosine(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[Te
         x, power = _rescaled(x)
         norm = row_norms(x)
         zero = norm == 0
-    scale = torch.maximum(norm, _NORM_FLOOR * power)
+    return x, torch.maximum(norm, _NORM_FLOOR * power), zero
+
+
+def _nearest_by_cosine(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[Tensor, Tensor]:
+    n = len(x)
+    x, scale, zero = _with_norms(x)
     factor = scale.reciprocal().to(x.dtype)
     found = _rough_candidates(x, factor, None, k, zero, bar) if low else None
     values, indices, some, whole = found or _candidates(x, factor, None, k, zero, bar)
@@ -138,7 +191,7 @@ def _nearest_by_distance(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[
     x, power = _rescaled(x.reshape(1, -1))
     x = x.reshape(n, d)
     features = max(1, _WORKSPACE // (8 * n))  # the mean in float64 makes a copy
-    z = x - torch.cat([part.mean(0, dtype=torch.float64) for part in x.split(features, 1)]).to(x.dtype)
+    z = x - torch.cat([part.mean(0, dtype=torch.float64) for part in torch.split(x, features, 1)]).to(x.dtype)
     largest = row_norms(z).amax().clamp_min(torch.finfo(x.dtype).tiny)
     z /= largest  # rows within the unit ball, where the bound holds
     nobody = torch.zeros(n, dtype=torch.bool, device=x.device)
@@ -160,14 +213,13 @@ def _candidates(
         factor = z.new_ones(n) if factor is None else factor
         half = z.new_zeros(n) if half is None else half
         wide, narrow = (torch.full((n,), 2 * _error(z, f), dtype=torch.float64) for f in (_WIDE, _FEATURES))
-        features, found = _FEATURES, Candidates(k, factor, half, narrow)
-        if n >= _MANY:
-            some = _sample(n)
-            s = _products(z[some], z, _WIDE)
-            rough = Candidates(k, factor, half, wide)
-            if not rough.crowded(s, some):
-                features, found = _WIDE, rough
-                found.begin(s, some)
+        some = _sample(n)
+        s = _products(z[some], z, _WIDE)
+        features, found = _WIDE, Candidates(k, factor, half, wide)
+        if found.crowded(s, some):
+            features, found = _FEATURES, Candidates(k, factor, half, narrow)
+        else:
+            found.begin(s, some)
         block = _block(n, d)
         return _compared(found, settled, z, block, lambda i, j, out: _products(z[i:j], z[i:], features, out), bar)
     m = min(k + _SPARE, n - 1)
@@ -249,7 +301,7 @@ def _compared(
 
 
 def _sample(n: int) -> Tensor:
-    return torch.linspace(0, n - 1, min(n, _SAMPLE)).long()
+    return torch.linspace(0, n - 1, max(1, min(n // 16, _SAMPLE))).long()
 
 
 def _refined(
@@ -292,7 +344,8 @@ def _low(x: Tensor, screening: str) -> bool:
     return possible and fast and len(x) >= _MANY and x.numel() >= _NUMBERS
 
 
-def _checked(x: Tensor, k: int, metric: str) -> Tensor:
+def checked(x: Tensor, k: int, metric: str) -> Tensor:
+    """As `as_samples`, and ValueError unless k is within range and the metric known."""
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
     x = as_samples(x)

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from repgraph import Graph, Partition, communities, knn_graph, modularity, threshold_graph
 from repgraph.graph import _linked
+from repgraph.neighbors import largest
 
 ROWS = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-5 / 13, 12 / 13]], dtype=torch.float64)
 
@@ -366,9 +367,41 @@ def test_a_zero_row_keeps_k_slots_of_weight_0():
     assert np.diff(graph.adjacency.indptr).tolist() == [3] * 8
 
 
+def test_precomputed_similarities_by_hand():
+    s = torch.tensor([[9.0, 1, 1, 0], [3, 9, 2, 3], [0, 0, 9, 0], [-1, -2, -3, 9]])
+    graph = knn_graph(s, 2, metric="precomputed", symmetrize="none")
+    assert graph.edges()[1].tolist() == [1, 2, 0, 3, 0, 1, 0, 1]
+    assert graph.edges()[2].tolist() == [1, 1, 3, 3, 0, 0, -1, -2]
+    assert graph.settings == {"k": 2, "metric": "precomputed", "symmetrize": "none"}
+    assert s.diagonal().tolist() == [9] * 4
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.integers(1, 29), st.integers(1, 3))
+def test_precomputed_similarities_against_a_stable_sort(seed, n, k, high):
+    k = min(k, n - 1)
+    s = torch.randint(-high, high + 1, (n, n), generator=torch.Generator().manual_seed(seed)).double()
+    values, indices = largest(s, k)
+    s.fill_diagonal_(-torch.inf)
+    expected = np.argsort(-s.numpy(), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(indices.numpy(), expected)
+    np.testing.assert_array_equal(values.numpy(), np.take_along_axis(s.numpy(), expected, 1))
+
+
+def test_precomputed_cosines_make_the_graph_of_the_features():
+    x = normal(3000, 8)  # more rows than are looked at together
+    z = torch.nn.functional.normalize(x)
+    for how in ("mean", "mutual"):
+        graph = knn_graph(z @ z.T, 4, metric="precomputed", symmetrize=how)
+        difference = graph.adjacency - knn_graph(x, 4, symmetrize=how).adjacency
+        assert abs(difference).max() < 1e-12
+
+
 @pytest.mark.parametrize(
     ("x", "choices", "message"),
     [
+        (ROWS, {"metric": "precomputed"}, r"precomputed similarities must have shape \(n, n\), got \(4, 2\)"),
+        (torch.ones(3, 3) / 0, {"metric": "precomputed", "k": 1}, "x must be finite"),
+        (torch.ones(3, 3), {"metric": "precomputed"}, "k must be an integer with 1 <= k < n, got k = 3"),
         (ROWS, {"symmetrize": "max"}, "symmetrize must be 'mean', 'union', 'mutual' or 'none', got 'max'"),
         (ROWS, {"metric": "dot"}, "metric must be"),
         (ROWS, {"k": 4}, "k must be an integer with 1 <= k < n, got k = 4 with n = 4"),

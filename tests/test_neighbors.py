@@ -1,5 +1,9 @@
 """Exact nearest neighbours against float64 and rational references, on inputs made to break them."""
 
+import io
+import os
+import signal
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
-from repgraph import neighbors
+from repgraph import candidates, neighbors
 from repgraph.candidates import Candidates
 from repgraph.neighbors import as_samples, knn
 
@@ -260,6 +264,83 @@ def test_a_row_with_too_many_candidates_gives_up():
     assert gave_up.nonzero().flatten().tolist() == [0]
     assert (columns[1:, 0] == 0).all()
     assert (values[1:, 0] == 0.5).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("n", [40, 300])
+def test_few_samples_of_many_features(n, metric):
+    assert_exact(normal(n, neighbors._DEEP, seed=n), 3, metric)
+    assert_exact(normal(7, neighbors._DEEP)[torch.arange(n) % 7] + 1e-3 * normal(n, 1), 3, metric)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("n", [600, 1500])
+def test_an_interrupt_ends_the_search_at_the_next_block(n, monkeypatch):
+    x, products, threads = normal(n, 900), neighbors._products, threading.active_count()
+    made = []
+
+    def interrupted(a, b, *rest):
+        made.append(a.shape)
+        if len(made) == 2:
+            interrupt()
+        return products(a, b, *rest)
+
+    precision = torch.get_float32_matmul_precision()
+    with monkeypatch.context() as patch:
+        patch.setattr(neighbors, "_products", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            knn(x, 3, screening="float32")
+    assert len(made) == 2
+    assert threading.active_count() == threads
+    assert torch.get_float32_matmul_precision() == precision
+    assert_exact(x, 3, "cosine")
+
+
+def test_an_interrupt_waits_for_the_work_of_threads():
+    before, done, threads = torch.get_num_threads(), [], threading.active_count()
+
+    both = threading.Barrier(2)
+
+    def work(start, stop):
+        both.wait()
+        threading.Event().wait(0.1)  # by now the first thread waits for these
+        if start == 0:
+            interrupt()
+        threading.Event().wait(0.1)
+        done.append((start, stop))
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            candidates._shared(0, 100, work)
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(done) == [(0, 50), (50, 100)]
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(("n", "screening"), [(100, "float32"), (1500, "float32"), (300, "bfloat16")])
+def test_the_bar_counts_rows_and_those_compared_with_all_others(n, screening, monkeypatch):
+    counts = []
+
+    class Shown(tqdm):
+        def __init__(self, **choices):
+            super().__init__(**choices | {"delay": 0, "file": io.StringIO()})
+
+        def close(self):
+            counts.append((self.n, self.total, self.disable))
+            super().close()
+
+    monkeypatch.setattr(neighbors, "tqdm", Shown)
+    knn(normal(n, 900), 3, screening=screening, progress=True)
+    knn(torch.ones(n, 900), 3, screening=screening, progress=True)  # every row is compared with all others
+    knn(normal(n, 900), 3, screening=screening)
+    assert set(counts[:1]) == {(n, n, False)}
+    assert (2 * n, 2 * n, False) in counts
+    assert counts[-1][2]
 
 
 def test_screening_is_checked():
