@@ -84,7 +84,7 @@ def rows(full: bool) -> Iterator[Row]:
         yield by_samples(50_000, 2048, Target(growth=2500))
     yield by_layers(LAYERS)
     for d in (100_000, 1_000_000) if full else (100_000,):
-        yield wide(500, d, Target(floor=1.1 if full else None, growth=512, difference=0))
+        yield wide(500, d, Target(growth=512, difference=0))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def knn(
     The bound in float32: products are summed over chunks of c features and the chunks one after the other, so in any
     order inside a chunk the error of a cosine is below (min(c, d) + d/c + 16) u, u = 2^-24 (2^-53 for float64), with c
     = 4096 on a CPU from 1024 samples and 2^19 numbers on, unless a few rows show that this would leave too many
-    candidates, and 512 otherwise.
+    candidates, and 512 otherwise; beyond 2^15 features the chunks are added in float64, and d/c is gone.
 
     Examples
     --------
@@ -385,7 +385,8 @@ def _block(n: int, d: int) -> int:
 def _error(x: Tensor, features: int = _FEATURES) -> float:
     """Bound on the error of what is compared, for rows of norm 1 at most; no less than the width of a tie."""
     d = x.shape[1]
-    return max((min(d, features) + d / features + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
+    chunks = 0 if d > _DEEP and x.dtype == torch.float32 else d / features  # which are added in float64
+    return max((min(d, features) + chunks + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -433,19 +434,20 @@ def full_precision() -> Iterator[None]:
 
 def _products(a: Tensor, b: Tensor, features: int = _FEATURES, out: Tensor | None = None) -> Tensor:
     """The product a b', summed over chunks of features; several chunks side by side where the workspace allows."""
-    if a.shape[1] <= features:
+    d = a.shape[1]
+    if d <= features:
         return torch.mm(a, b.T, out=out)
-    s = a.new_zeros(len(a), len(b)) if out is None else out.zero_()
-    step = features * max(1, _WORKSPACE // (4 * s.numel()))
-    for f in range(0, a.shape[1], step):
+    total = torch.zeros(len(a), len(b), dtype=torch.float64 if d > _DEEP else a.dtype, device=a.device)
+    step = features * max(1, _WORKSPACE // (4 * total.element_size() * total.numel()))  # with a copy in that type
+    for f in range(0, d, step):
         p, q = a[:, f : f + step], b[:, f : f + step]
         if p.shape[1] > features and p.shape[1] % features == 0:
             p, q = p.reshape(len(p), -1, features), q.reshape(len(q), -1, features)  # views: (rows, chunks, features)
-            s += torch.bmm(p.transpose(0, 1), q.permute(1, 2, 0)).sum(0)
+            total += torch.bmm(p.transpose(0, 1), q.permute(1, 2, 0)).sum(0, dtype=total.dtype)
         else:
             for g in range(0, p.shape[1], features):
-                s.addmm_(p[:, g : g + features], q[:, g : g + features].T)
-    return s
+                total += p[:, g : g + features] @ q[:, g : g + features].T
+    return total.to(a.dtype) if out is None else out.copy_(total)
 
 
 def _screen(
