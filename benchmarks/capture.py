@@ -41,7 +41,7 @@ def plain_grams(model: nn.Module, x: Tensor, batch_size: int) -> None:
 
 
 def rows(full: bool) -> Iterator[Row]:
-    for n, batch_size in ((512, 64), (512, 256), (2048, 64)) if full else ((256, 64),):
+    for n, batch_size in ((512, 64), (512, 256)) if full else ((256, 64),):
         name, model, x, _ = shared_data.network(n)
         options = {"batch_size": batch_size, "progress": False}
         sizes = f"{name}, n = {len(x):,}, batches of {batch_size}"

@@ -13,6 +13,7 @@ from torch import Tensor
 _CROWD = 80  # candidates beyond k that a row may have
 _RUN = 32  # entries compared with the threshold before any is looked at
 _FEW, _PART = 1024, 2048  # up to so many samples so many features of all of them stay in a cache
+_WORTH = 2**24  # products of numbers that a thread is worth, while those of torch still wait for work
 _FRESH = 24  # entries that a row takes before its threshold rises
 
 
@@ -111,7 +112,7 @@ def pair_sums(x: Tensor, rows: Tensor, others: Tensor, metric: str) -> Tensor:
     sums = np.zeros(others.shape)
     values, of, to = x.numpy(), rows.numpy(), others.numpy()
     kernel = _dots if metric == "cosine" else _squares
-    least = 2**20 // (to.shape[1] * values.shape[1])  # less takes longer to share than to do
+    least = _WORTH * len(of) // (values.shape[1] * max(1, int((to >= 0).sum())))
     part = _PART if len(values) <= _FEW else values.shape[1]
     _shared(0, len(of), lambda a, b: kernel(values, of, to, sums, part, a, b), max(16, least))
     return torch.from_numpy(sums)
@@ -233,7 +234,9 @@ def _dots(x, rows, others, sums, part, a, b):  # type: ignore[no-untyped-def]
         for r in range(a, b):
             own = x[rows[r], start : start + part]
             for t in range(others.shape[1]):
-                total, other = 0.0, x[max(others[r, t], 0), start : start + part]
+                if others[r, t] < 0:
+                    continue
+                total, other = 0.0, x[others[r, t], start : start + part]
                 for f in range(len(own)):
                     total += np.float64(own[f]) * np.float64(other[f])
                 sums[r, t] += total
@@ -245,7 +248,9 @@ def _squares(x, rows, others, sums, part, a, b):  # type: ignore[no-untyped-def]
         for r in range(a, b):
             own = x[rows[r], start : start + part]
             for t in range(others.shape[1]):
-                total, other = 0.0, x[max(others[r, t], 0), start : start + part]
+                if others[r, t] < 0:
+                    continue
+                total, other = 0.0, x[others[r, t], start : start + part]
                 for f in range(len(own)):
                     gap = np.float64(own[f]) - np.float64(other[f])
                     total += gap * gap

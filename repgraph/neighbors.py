@@ -6,8 +6,7 @@ bound leaves as candidates is compared again in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from repgraph.candidates import Candidates, pair_sums
+from repgraph.precision import full_precision
 
 Metric = Literal["cosine", "euclidean"]
 Screening = Literal["auto", "float32", "bfloat16"]
@@ -29,7 +29,8 @@ _SAMPLE = (
 )
 _MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which thresholds cost less than a top-k of each block
 _DEEP = 2**15  # features from which they do for any number of samples: errors are larger there, and so are products
-_SPARE = 2  # candidates kept beyond k, so that near ties rarely need the whole row again
+_FEW = 8  # rows that are compared with all others without a float64 copy of these
+_SPARE = 6  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
 _BLOCK = 2**25  # similarities of a block, but for the least number of rows
 _WORKSPACE = 64 * 2**20  # bytes of float64 numbers held at once
@@ -109,7 +110,7 @@ def knn(
     low = _low(x, screening)
     nearest = _nearest_by_cosine if metric == "cosine" else _nearest_by_distance
     bar = tqdm(total=len(x), desc="neighbours", unit="row", disable=not progress, delay=1, leave=False)
-    with bar, torch.autocast(x.device.type, enabled=False), full_precision():
+    with bar, full_precision(x.device):
         values, indices = nearest(x, k, low, bar)
     return values.to(x.dtype), indices
 
@@ -228,7 +229,7 @@ def _candidates(
     whole = ~settled & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(settled)
     # On a CPU also where the order is known: the values then do not depend on how products were summed.
     if z.device.type == "cpu":
-        return values, indices, ~settled & ~whole, whole
+        return values, indices.masked_fill(values < near[:, None], -1), ~settled & ~whole, whole
     some = ~settled & ~whole & (values[:, k] >= near) if m > k else torch.zeros_like(settled)
     return values, indices, some, whole
 
@@ -379,7 +380,7 @@ def _block(n: int, d: int) -> int:
     most = max(32, _BLOCK // n)
     if d <= _FEATURES:
         return min(most, 512 if n > 4096 else 1024)
-    return min(most, 128 if n <= 1024 else 256 if n <= 4096 else 512)
+    return min(most, 128 if n <= 1024 and d > 8192 else 256 if n <= 4096 else 512)
 
 
 def _error(x: Tensor, features: int = _FEATURES) -> float:
@@ -410,26 +411,6 @@ def _rescaled(x: Tensor) -> tuple[Tensor, Tensor]:
     outside = (peak > _LARGE) | ((peak < _SMALL) & (peak > 0))
     power = torch.exp2(-torch.frexp(peak).exponent.clamp(-1000, 1000).double()).masked_fill(~outside, 1)
     return ((x * power[:, None]).to(x.dtype) if outside.any() else x), power
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """TF32 or bfloat16 products, which a user may have allowed, would break the error bound."""
-    matmuls = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
-    matmuls = [matmul for matmul in matmuls if hasattr(matmul, "fp32_precision")]
-    before = [matmul.fp32_precision for matmul in matmuls]  # type: ignore[union-attr]
-    legacy = None if matmuls else torch.get_float32_matmul_precision()
-    try:
-        for matmul in matmuls:
-            matmul.fp32_precision = "ieee"  # type: ignore[union-attr]
-        if legacy is not None:
-            torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        for matmul, value in zip(matmuls, before, strict=True):
-            matmul.fp32_precision = value  # type: ignore[union-attr]
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
 
 
 def _products(a: Tensor, b: Tensor, features: int = _FEATURES, out: Tensor | None = None) -> Tensor:
@@ -520,6 +501,9 @@ def _pair_scores(x: Tensor, scale: Tensor, rows: Tensor, others: Tensor, metric:
 def _row_scores(x: Tensor, scale: Tensor, rows: Tensor, metric: Metric) -> Tensor:
     """As `_pair_scores`, of rows (r,) with every sample; self is -inf: (r, n)."""
     n, d = x.shape
+    if x.device.type == "cpu" and len(rows) <= _FEW:
+        others = torch.arange(n).expand(len(rows), n)
+        return _pair_scores(x, scale, rows, others, metric).scatter_(1, rows[:, None], -torch.inf)
     scores = torch.zeros((len(rows), n), dtype=torch.float64, device=x.device)
     features = max(1, min(_FEATURES, _WORKSPACE // (8 * n)))
     for f in range(0, d, features):

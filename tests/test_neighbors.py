@@ -20,6 +20,7 @@ from tqdm import tqdm
 from repgraph import candidates, neighbors
 from repgraph.candidates import Candidates
 from repgraph.neighbors import as_samples, knn
+from repgraph.precision import full_precision
 
 METRICS = ("cosine", "euclidean")
 BAR = tqdm(disable=True)
@@ -533,7 +534,7 @@ def test_a_lower_matmul_precision_is_set_aside_and_restored():
         for one, other in zip(sets(x), expected, strict=True):
             assert torch.equal(one, other)
         assert torch.get_float32_matmul_precision() == "medium"
-        with pytest.raises(RuntimeError), neighbors.full_precision():
+        with pytest.raises(RuntimeError), full_precision(x.device):
             neighbors._products(normal(2, 3), normal(2, 4))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:

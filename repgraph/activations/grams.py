@@ -13,7 +13,7 @@ from repgraph.activations.memory import as_bytes
 from repgraph.activations.recording import Recording
 from repgraph.activations.reduce import ChannelAxis, Reduce, check_choice
 from repgraph.activations.spec import readable
-from repgraph.neighbors import full_precision
+from repgraph.precision import full_precision
 
 _FEATURES = 4096  # features per product
 
@@ -139,7 +139,7 @@ def _add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
     out.zero_()
     if not out.numel():
         return
-    with torch.autocast(a.device.type, enabled=False), full_precision():
+    with full_precision(a.device):
         for f in range(0, a.shape[1], _FEATURES):
             out.addmm_(a[:, f : f + _FEATURES].to(out.dtype), b[:, f : f + _FEATURES].to(out.dtype).T)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from repgraph.activations.gates import unpack
 from repgraph.labels import Labels, class_codes
 from repgraph.metrics.similarity.gram import add_products_, mirror_
-from repgraph.neighbors import full_precision
+from repgraph.precision import full_precision
 
 Estimator = Literal["kde", "kde_lower", "plugin"]
 Width = Literal["total", "active"]
@@ -281,7 +281,7 @@ def _compared(S: Tensor, gates: int | None) -> tuple[Tensor, Tensor, Tensor]:
     products = torch.zeros((len(S), len(S)), dtype=exact, device=S.device)
     own = torch.zeros(len(S), dtype=torch.float64, device=S.device)
     rates, changing = [], []
-    with torch.autocast(S.device.type, enabled=False), full_precision():
+    with full_precision(S.device):
         for chunk in _chunks(S, gates, dtype):
             if exact == dtype:
                 add_products_(products, chunk)
@@ -313,7 +313,7 @@ def _squares_to(S: Tensor, others: Tensor) -> Tensor:
     """Squared distances between the rows of two sets of gates."""
     dtype = torch.float64 if S.is_floating_point() else torch.float32
     total = torch.zeros((len(S), len(others)), dtype=torch.float64, device=S.device)
-    with torch.autocast(S.device.type, enabled=False), full_precision():
+    with full_precision(S.device):
         for a, b in zip(_chunks(S, None, dtype), _chunks(others, None, dtype), strict=True):
             products = a @ b.T
             total += a.square().sum(1)[:, None] + b.square().sum(1) - 2 * products

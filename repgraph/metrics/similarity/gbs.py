@@ -18,7 +18,8 @@ from repgraph.graph import Graph, Symmetrize, knn_graph
 from repgraph.messages import tell
 from repgraph.metrics.similarity.measure import as_number, both, measure
 from repgraph.metrics.similarity.places import located, reordered
-from repgraph.neighbors import as_samples, full_precision
+from repgraph.neighbors import as_samples
+from repgraph.precision import full_precision
 
 Empty = Literal["zero", "skip"]
 
@@ -113,7 +114,7 @@ def _dense(x: Tensor, weighted: bool = True) -> Tensor:
     unit = x / peak
     norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True).clamp_min(tiny)
     unit = unit / norm * (norm * (peak / 1e-8)).clamp_max(1)  # norms below 1e-8 count as 1e-8
-    with torch.autocast(x.device.type, enabled=False), full_precision():
+    with full_precision(x.device):
         weight = (unit @ unit.T).fill_diagonal_(0)
     if not weighted:
         weight = (weight != 0).to(weight.dtype)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from repgraph.neighbors import as_samples, full_precision
+from repgraph.neighbors import as_samples
+from repgraph.precision import full_precision
 
 WORKSPACE = 32 * 2**20  # bytes of centred features held at once
 _BLOCK = 256  # rows per product: small enough to save half of them
@@ -127,7 +128,7 @@ def gram(x: Tensor | Gram, *, dtype: torch.dtype | None = None) -> Gram:
     if peak > _LARGE or 0 < peak < _SMALL:
         exponent = max(-1000, min(1000, math.frexp(peak)[1]))
         x = (x.double() * 2.0**-exponent).to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False), full_precision():
+    with full_precision(x.device):
         off, diagonal, shift, more = centred_products(x, dtype or x.dtype)
     return Gram(off, diagonal, shift, exponent=2 * exponent + int(more))
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from repgraph.metrics.similarity.cka import normalized
 from repgraph.metrics.similarity.gram import centred_products, dot
 from repgraph.metrics.similarity.measure import as_number, both, measure
-from repgraph.neighbors import as_samples, full_precision
+from repgraph.neighbors import as_samples
+from repgraph.precision import full_precision
 
 _NOTHING = -10000.0  # exponent of rows that hold nothing
 
@@ -45,7 +46,7 @@ class BatchGram:
         """Rows (b, batch_size + 1) of a batch (b, ...): a Gram matrix, and the exponent of its scale."""
         x = x.detach().flatten(1)
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        with torch.autocast(x.device.type, enabled=False), full_precision():
+        with full_precision(x.device):
             return torch.cat([_centred(part, self.batch_size) for part in torch.split(x, self.batch_size)])
 
 
