@@ -91,7 +91,7 @@ class LayerRow:
         """The layer's name, a digest of what its row is made from, and the row: the kept one if its digest is equal."""
         key = ""
         if self.keys:
-            read = [layer, *(gate for gate, _ in gates), *([] if previous is None else [previous])]
+            read = [*([] if previous is None else [previous]), layer, *(gate for gate, _ in gates)]  # in their order
             digests = [digest_of(*self.sets, *(self.labels or [])), *(digest_of(item.read()) for item in read)]
             key = digest_of("".join(digests).encode())
             if kept is not None and kept[0] == key:

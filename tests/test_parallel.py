@@ -91,9 +91,10 @@ def test_errors_and_warnings_come_back_with_the_layer(workers, data):
 
 
 def test_threads_share_passes_over_the_data_one_at_a_time(model, data):
-    expected = repgraph.profile(model, data, layers="leaves", **OPTIONS)
+    options = OPTIONS | {"layers": [f"{i}.0" for i in range(10)], "metrics": ("modularity",)}
+    expected = repgraph.profile(model, data, **options)
     with joblib.parallel_config("threading", n_jobs=4):
-        table = repgraph.profile(model, data, layers="leaves", memory=60 * 8 * 4 * 4, **OPTIONS)
+        table = repgraph.profile(model, data, memory=60 * 8 * 4 * 4, **options)
     pd.testing.assert_frame_equal(table, expected, rtol=1e-6)
 
 
