@@ -6,12 +6,9 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from repgraph.activations.hashes import digest_of
 from repgraph.messages import tell
 
 _RUN, _ROW = "run.json", ".row.json"
@@ -82,18 +79,6 @@ class Checkpoint:
                 f"layer {layer!r} is finished but could not be kept in {self.folder / name}: {error}; what was kept "
                 "before is whole, and this run goes on without"
             )
-
-
-def digest_of(*parts: bytes | Tensor) -> str:
-    """Digest of bytes and of the types, shapes and contents of tensors."""
-    digest = sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _write(path: Path, content: object) -> None:

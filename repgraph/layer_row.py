@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from repgraph import families
-from repgraph.checkpoint import Row, digest_of
+from repgraph.activations.hashes import digest_of
+from repgraph.checkpoint import Row
 from repgraph.families import Family
 from repgraph.graph import Graph, knn_graph
 from repgraph.metrics.feature_entropy.entropy import layer_births

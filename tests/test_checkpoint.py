@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import repgraph
-from repgraph.checkpoint import Checkpoint, digest_of
+from repgraph.activations.hashes import digest_of
+from repgraph.checkpoint import Checkpoint
 
 RUN = {"k": 3, "metrics": ["modularity"]}
 N_LAYERS = 6

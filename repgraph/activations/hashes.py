@@ -1,9 +1,9 @@
-"""One content hash per sample."""
+"""Content hashes: one per sample, and digests of tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 
 import numpy as np
 import torch
@@ -57,3 +57,15 @@ def _odd_numbers(count: int) -> Tensor:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return torch.from_numpy(((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64))
+
+
+def digest_of(*parts: bytes | Tensor) -> str:
+    """Digest of bytes and of the types, shapes and contents of tensors."""
+    digest = sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            digest.update(part)
+    return digest.hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from repgraph.activations.copies import Copies
 from repgraph.activations.forward import kept_random_state
+from repgraph.activations.hashes import digest_of
 from repgraph.activations.recording import Recording
 from repgraph.activations.spec import Spec, readable
 
@@ -26,7 +26,7 @@ class Passes(Mapping[str, Tensor]):
         self.recording, self.groups = recording, groups
         self.held: dict[str, Tensor] = {}
         self.lock = Lock()
-        self.state = fingerprint(recording.model) if len(groups) > 1 else b""
+        self.state = fingerprint(recording.model) if len(groups) > 1 else ""
 
     @kept_random_state()
     def read(self, number: int) -> None:
@@ -110,9 +110,6 @@ def as_bytes(memory: int | str | None) -> int:
     return int(memory)
 
 
-def fingerprint(model: nn.Module) -> bytes:
+def fingerprint(model: nn.Module) -> str:
     """Digest of all parameters and buffers."""
-    digest = blake2b(digest_size=16)
-    for tensor in chain(model.parameters(), model.buffers()):
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.digest()
+    return digest_of(*model.parameters(), *model.buffers())

@@ -139,7 +139,7 @@ def capture(
         "reduce": reduce if reduce is None or isinstance(reduce, str) else getattr(reduce, "__name__", "function"),
     }
     if shard is not None:
-        settings["shard"] = shard_settings(shard, source.of_all_shards, fingerprint(recording.model).hex())
+        settings["shard"] = shard_settings(shard, source.of_all_shards, fingerprint(recording.model))
     layer_map: Mapping[str, Tensor]
     if folder is not None:
         with Writer(folder, specs, source.n) as writer:
