@@ -9,10 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-PACKAGES = (
-    *("torch", "numpy", "scipy", "numba", "networkx", "scikit-learn", "faiss-cpu", "gudhi", "pytorch-cka"),
-    "pynndescent",
-)
+PACKAGES = ("torch", "numpy", "scipy", "numba", "networkx", "scikit-learn", "faiss-cpu", "gudhi", "pytorch-cka")
 _NOTED = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 

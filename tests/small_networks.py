@@ -1,10 +1,11 @@
-"""Small networks, their inputs and captures, and the plain table of a measure."""
+"""Small networks, their inputs and captures, a data set that remembers, and the plain table of a measure."""
 
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from repgraph import capture
 
@@ -49,6 +50,18 @@ class Wired(nn.Module):
 class Deeper(Net):
     def __init__(self):
         super().__init__(1, (6, 4, 4, 3))
+
+
+class Loaded(TensorDataset):
+    """Remembers which samples were loaded."""
+
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.loaded = []
+
+    def __getitem__(self, i):
+        self.loaded.append(i)
+        return super().__getitem__(i)
 
 
 def take(model, data=X, layers="leaves", **options):

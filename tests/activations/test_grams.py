@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_networks import Net, Through
+from small_networks import Loaded, Net, Through
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.rss import growth
 from repgraph import capture, stream_grams
@@ -85,18 +85,7 @@ def test_data_in_every_form(room, samples):
 
 
 def test_a_dataset_loads_no_sample_before_the_block():
-    class Images(Dataset):
-        def __init__(self):
-            self.loaded = []
-
-        def __len__(self):
-            return N
-
-        def __getitem__(self, i):
-            self.loaded.append(i)
-            return X[i]
-
-    data = Images()
+    data = Loaded(X)
     check_products(take(data, memory=6 * EACH, batch_size=4))
     assert data.loaded[-7:] == list(range(6, N))
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_networks import Net, Through
+from small_networks import Loaded, Net, Through
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from repgraph import Activations, capture, join_shards
 from repgraph.activations.shards import shard_rows
@@ -79,18 +79,7 @@ def test_shards_at_batch_boundaries_are_the_whole_to_the_last_bit(kind):
 
 
 def test_only_the_samples_of_a_shard_are_loaded():
-    class Images(Dataset):
-        def __init__(self):
-            self.loaded = []
-
-        def __len__(self):
-            return N
-
-        def __getitem__(self, i):
-            self.loaded.append(i)
-            return X[i], Y[i]
-
-    data = Images()
+    data = Loaded(X, Y)
     part = take(data, shard=(1, 3))
     assert set(data.loaded) == {4, 5, 6, 7}
     assert part.labels.tolist() == Y[4:8].tolist()
