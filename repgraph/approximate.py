@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from repgraph.neighbors import Metric, checked, nearest_among
+from repgraph.neighbors import Metric, as_samples, checked, nearest_among
 
 _LINKS = 32  # per sample and level
 _BUILD, _SEARCH = 80, 128  # candidates kept while links are made and followed
@@ -81,7 +81,7 @@ def approximate_knn(
     >>> found.indices.tolist(), found.recall
     ([[1], [2], [1]], 1.0)
     """
-    x = checked(x, k, metric)
+    x = as_samples(checked(x, k, metric))
     if isinstance(sample, bool) or not isinstance(sample, Integral) or sample < 1:
         raise ValueError(f"sample must be a positive integer, got {sample!r}")
     device, x = x.device, x.cpu()

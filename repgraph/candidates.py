@@ -14,7 +14,7 @@ _CROWD = 80  # candidates beyond k that a row may have
 _RUN = 32  # entries compared with the threshold before any is looked at
 _FEW, _PART = 1024, 2048  # up to so many samples so many features of all of them stay in a cache
 _WORTH = 2**24  # products of numbers that a thread is worth, while those of torch still wait for work
-_FRESH = 24  # entries that a row takes before its threshold rises
+_ENTRIES = 2**19  # to be looked at that a thread is worth
 
 
 class Candidates:
@@ -42,31 +42,21 @@ class Candidates:
         n, size = len(factor), min(2 * k + _CROWD + 16, max(len(factor) - 1, k))
         self.margin = (margin / factor).numpy().astype(self.factor.dtype)
         self.keys = np.empty((n, size), self.factor.dtype)  # without the row's own f and h, which change no order
-        self.columns = np.empty((n, size), np.int32)
+        self.columns = np.full((n, size), -1, np.int32)
         self.counts = np.zeros(n, np.int64)
         self.lowest = np.full(n, -np.inf, self.factor.dtype)
-        self.full = np.full(n, min(k + _FRESH, size))  # entries at which the threshold rises
-        arrays = (self.factor, self.half, self.margin, self.keys, self.columns, self.counts, self.lowest, self.full)
-        self.own = (*arrays, self.factor.dtype.type(rounding), k)
+        best = np.full((n, k), -np.inf, self.factor.dtype)  # of e - rounding |s|
+        lost = np.full(n, -np.inf, self.factor.dtype)  # no entry that was left out for want of room is larger
+        arrays = (self.factor, self.half, self.margin, self.keys, self.columns, self.counts, self.lowest, best, lost)
+        self.own = (*arrays, self.factor.dtype.type(rounding))
 
     def crowded(self, s: Tensor, rows: Tensor) -> bool:
         """Whether many of a few rows, whose s with all columns is (r, n), would keep too many candidates."""
         keys = s * torch.from_numpy(self.factor) - torch.from_numpy(self.half)
-        kth = self._kth(s, keys, rows, 1)
-        near = keys >= (kth - torch.from_numpy(self.margin)[rows])[:, None]
-        return bool((near.sum(1) > self.k + _CROWD).double().mean() > 0.1)
-
-    def begin(self, s: Tensor, rows: Tensor) -> None:
-        """Start the thresholds at the k-th largest among a few rows, whose s with all columns is (r, n)."""
-        if len(rows) <= self.k + 1 or len(rows) * 8 > len(self.keys):
-            return
-        keys = s * torch.from_numpy(self.factor)[rows, None] - torch.from_numpy(self.half)[rows, None]
-        self.lowest[:] = self._kth(s, keys, rows, 0).numpy() - self.margin
-
-    def _kth(self, s: Tensor, keys: Tensor, rows: Tensor, dim: int) -> Tensor:
-        """The k-th largest along dim of what the entries of rows (r,), with all columns, stand for at least."""
         keys[torch.arange(len(rows)), rows] = -torch.inf
-        return (keys - self.rounding * s.abs()).topk(self.k, dim=dim).values.select(dim, -1)
+        kth = (keys - self.rounding * s.abs()).topk(self.k, dim=1).values[:, -1:]
+        near = keys >= kth - torch.from_numpy(self.margin)[rows, None]
+        return bool((near.sum(1) > self.k + _CROWD).double().mean() > 0.1)
 
     def skip(self, rows: Tensor) -> None:
         """Rows (n,) bool that want no candidates."""
@@ -76,35 +66,25 @@ class Candidates:
     def add(self, blocks: Sequence[tuple[Tensor, int, int]]) -> None:
         """Let blocks (s, i, j) compete: s (j - i, n - i) holds rows i to j with columns i to n, and these as rows.
 
-        Several at a time, since torch's threads still wait for work for a while after each product.
+        Only what is right of the diagonal is read. Several at a time, since the threads of products still wait for
+        work for a while after each.
         """
         own, n, (_, first, _) = self.own, len(self.keys), blocks[0]
         several = [(s.numpy(), i, j) for s, i, j in blocks]
 
-        def rows(a: int, b: int) -> None:
+        def compete(a: int, b: int) -> None:
             for s, i, j in several:
-                if max(a, i) < min(b, j):
-                    _as_rows(s, max(a, i) - i, min(b, j) - i, i, own)
+                _as_columns(s, max(a, i), b, i, own)
+                _as_rows(s, max(a, i), min(b, j), i, own)
 
-        def columns(a: int, b: int) -> None:
-            for s, i, j in several:
-                if max(a, j) < b:
-                    _as_columns(s, max(a, j) - j, b - j, i, j, own)
+        entries = sum(j - i for _, i, j in several)  # of a row, at most
+        _shared(first, n, compete, max(16, _ENTRIES // entries))
 
-        _shared(first, several[-1][2], rows)
-        _shared(several[0][2], n, columns)
-
-    def found(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, falling, and columns (n, m), -inf and -1 where there are fewer; and which rows gave up."""
-        _shared(0, len(self.keys), lambda a, b: _last(a, b, self.own))
-        counts = torch.from_numpy(self.counts)
-        m = max(self.k, int(counts.max()))
-        keys, columns = torch.from_numpy(self.keys[:, :m]), torch.from_numpy(self.columns[:, :m])
-        none = torch.arange(m) >= counts[:, None]
-        keys, order = keys.masked_fill(none, -torch.inf).sort(dim=1, descending=True)
-        columns = columns.masked_fill(none, -1)
-        values = keys * torch.from_numpy(self.factor)[:, None] - torch.from_numpy(self.half)[:, None]
-        return values, columns.gather(1, order).long(), counts < 0
+    def found(self) -> tuple[Tensor, Tensor]:
+        """Columns (n, m), -1 where there are fewer, and which rows gave up."""
+        _shared(0, len(self.keys), lambda a, b: _last(a, b, self.own), _ENTRIES // self.keys.shape[1])
+        m = max(self.k, int(self.counts.max()))
+        return torch.from_numpy(self.columns[:, :m]).long(), torch.from_numpy(self.counts) < 0
 
 
 def pair_sums(x: Tensor, rows: Tensor, others: Tensor, metric: str) -> Tensor:
@@ -131,11 +111,10 @@ def _shared(start: int, stop: int, work: Callable[[int, int], None], least: int 
 
 @njit(cache=True, nogil=True)
 def _as_rows(s, a, b, i, own):  # type: ignore[no-untyped-def]
-    factor, half, margin, keys, columns, counts, lowest, full, rounding, k = own
-    for r in range(a, b):
-        o = i + r
-        for start in range(0, s.shape[1], _RUN):
-            run = s[r, start : start + _RUN]  # slices, since loops over them are vectorised
+    factor, half, margin, keys, columns, counts, lowest, best, lost, rounding = own
+    for o in range(a, b):
+        for start in range(o + 1 - i, s.shape[1], _RUN):
+            run = s[o - i, start : start + _RUN]  # slices, since loops over them are vectorised
             f, h = factor[i + start : i + start + _RUN], half[i + start : i + start + _RUN]
             low, hits = lowest[o], 0
             for c in range(len(run)):
@@ -143,18 +122,18 @@ def _as_rows(s, a, b, i, own):  # type: ignore[no-untyped-def]
             if hits:
                 for c in range(len(run)):
                     key = run[c] * f[c] - h[c]
-                    if key >= lowest[o] and i + start + c != o:
-                        _push(o, key, i + start + c, half, margin, keys, columns, counts, lowest, full, rounding, k)
+                    if key >= lowest[o]:
+                        _push(o, key, i + start + c, half, margin, keys, columns, counts, lowest, best, lost, rounding)
 
 
 @njit(cache=True, nogil=True)
-def _as_columns(s, a, b, i, j, own):  # type: ignore[no-untyped-def]
-    factor, half, margin, keys, columns, counts, lowest, full, rounding, k = own
+def _as_columns(s, a, b, i, own):  # type: ignore[no-untyped-def]
+    factor, half, margin, keys, columns, counts, lowest, best, lost, rounding = own
     for r in range(s.shape[0]):
         f, h = factor[i + r], half[i + r]
-        for start in range(a, b, _RUN):
+        for start in range(max(a, i + r + 1), b, _RUN):
             stop = min(start + _RUN, b)
-            run, low = s[r, start + j - i : stop + j - i], lowest[start + j : stop + j]
+            run, low = s[r, start - i : stop - i], lowest[start:stop]
             hits = 0
             for c in range(len(run)):
                 hits += run[c] * f - h >= low[c]
@@ -162,70 +141,57 @@ def _as_columns(s, a, b, i, j, own):  # type: ignore[no-untyped-def]
                 for c in range(len(run)):
                     key = run[c] * f - h
                     if key >= low[c]:
-                        _push(start + j + c, key, i + r, half, margin, keys, columns, counts, lowest, full, rounding, k)
+                        _push(start + c, key, i + r, half, margin, keys, columns, counts, lowest, best, lost, rounding)
 
 
 @njit(cache=True, nogil=True)
-def _push(o, key, column, half, margin, keys, columns, counts, lowest, full, rounding, k):  # type: ignore[no-untyped-def]
-    if counts[o] == full[o]:
-        _thin(o, half, margin, keys, columns, counts, lowest, full, rounding, k)
-        if counts[o] + _FRESH // 2 > keys.shape[1]:
+def _push(o, key, column, half, margin, keys, columns, counts, lowest, best, lost, rounding):  # type: ignore[no-untyped-def]
+    k = best.shape[1]
+    if counts[o] == keys.shape[1]:
+        _thin(o, lowest[o], keys, columns, counts)
+        if counts[o] > k + _CROWD and lost[o] < lowest[o]:  # the k-th largest may yet leave what ties with it behind
+            lost[o] = best[o, 0]
+            _thin(o, np.nextafter(lost[o], np.inf), keys, columns, counts)
+        if counts[o] > k + _CROWD:
             counts[o], lowest[o] = -1, np.inf
-        if key < lowest[o]:
             return
     keys[o, counts[o]] = key
     columns[o, counts[o]] = column
     counts[o] += 1
+    least = key - rounding * abs(key + half[column])
+    if least > best[o, 0]:  # a heap: the first is the lowest
+        place = 0
+        while 2 * place + 1 < k:
+            lower = 2 * place + 1
+            lower += lower + 1 < k and best[o, lower + 1] < best[o, lower]
+            if best[o, lower] >= least:
+                break
+            best[o, place] = best[o, lower]
+            place = lower
+        best[o, place] = least
+        lowest[o] = max(lowest[o], best[o, 0] - margin[o])
 
 
 @njit(cache=True, nogil=True)
-def _thin(o, half, margin, keys, columns, counts, lowest, full, rounding, k):  # type: ignore[no-untyped-def]
-    """Keep what is within the margin of the k-th largest."""
-    least = keys[o, : counts[o]].copy()
-    for t in range(counts[o]):
-        least[t] -= rounding * abs(keys[o, t] + half[columns[o, t]])
-    low = _kth_largest(least, k) - margin[o]
+def _thin(o, least, keys, columns, counts):  # type: ignore[no-untyped-def]
     kept = 0
     for t in range(counts[o]):
-        if keys[o, t] >= low:
+        if keys[o, t] >= least:
             keys[o, kept] = keys[o, t]
             columns[o, kept] = columns[o, t]
             kept += 1
-    counts[o], lowest[o] = kept, low
-    full[o] = min(kept + _FRESH, keys.shape[1])
+    if counts[o] >= 0:
+        columns[o, kept : counts[o]] = -1
+        counts[o] = kept
 
 
 @njit(cache=True, nogil=True)
 def _last(a, b, own):  # type: ignore[no-untyped-def]
-    _, half, margin, keys, columns, counts, lowest, full, rounding, k = own
+    _, _, _, keys, columns, counts, lowest, _, lost, _ = own
     for o in range(a, b):
-        if counts[o] >= k:
-            _thin(o, half, margin, keys, columns, counts, lowest, full, rounding, k)
-
-
-@njit(cache=True, nogil=True)
-def _kth_largest(values, k):  # type: ignore[no-untyped-def]
-    """Quickselect, in place."""
-    low, high, place = 0, len(values) - 1, k - 1
-    while low < high:
-        pivot = values[(low + high) // 2]
-        i, j = low, high
-        while i <= j:
-            while values[i] > pivot:
-                i += 1
-            while values[j] < pivot:
-                j -= 1
-            if i <= j:
-                values[i], values[j] = values[j], values[i]
-                i += 1
-                j -= 1
-        if place <= j:
-            high = j
-        elif place >= i:
-            low = i
-        else:
-            break
-    return values[place]
+        if counts[o] >= 0 and lost[o] >= lowest[o]:
+            counts[o] = -1
+        _thin(o, lowest[o], keys, columns, counts)
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})

@@ -16,23 +16,23 @@ from tqdm import tqdm
 
 from repgraph.candidates import Candidates, pair_sums
 from repgraph.precision import full_precision
+from repgraph.products import add_products_, add_upper_products_
 
 Metric = Literal["cosine", "euclidean"]
 Screening = Literal["auto", "float32", "bfloat16"]
 
 _FEATURES = 512  # features per product: bounds the rounding error of the sum over all of them
-_WIDE = 4096  # the same where candidates are not crowded: fewer and larger products, a wider bound
 _ROWS = 256  # rows of a block in bfloat16
 _ROUNDING = 2.0**-8  # what bfloat16 may have rounded off a product, as a part of the rounded one
 _SAMPLE = (
     128  # rows at most that tell how crowded the candidates are, and where the k-th best of the others lies at least
 )
-_MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which thresholds cost less than a top-k of each block
-_DEEP = 2**15  # features from which they do for any number of samples: errors are larger there, and so are products
+_MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which bfloat16 pays
+_DEEP = 2**15  # features after which sums go on in float64
 _FEW = 8  # rows that are compared with all others without a float64 copy of these
 _SPARE = 6  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
-_BLOCK = 2**25  # similarities of a block, but for the least number of rows
+_BLOCK, _LEAST, _MOST = 2**25, 32, 2048  # similarities of a block, and rows at least and at most
 _WORKSPACE = 64 * 2**20  # bytes of float64 numbers held at once
 _NORM_FLOOR = 1e-8
 _SMALL, _LARGE = 1e-15, 1e15  # sizes whose products float32 holds
@@ -125,7 +125,7 @@ def largest(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ValueError
         If s is not square or not finite, or k is out of range.
     """
-    n = len(s := checked(s, k, "cosine"))
+    n = len(s := as_samples(checked(s, k, "cosine")))
     if s.shape[1] != n:
         raise ValueError(f"precomputed similarities must have shape (n, n), got {tuple(s.shape)}")
     values, indices = s.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=s.device)
@@ -163,6 +163,8 @@ def nearest_among(
 def _with_norms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows whose products stay in range, by what their products are divided by, (n,), and which rows are 0."""
     norm = row_norms(x)
+    if not norm.isfinite().all():
+        _refuse_infinite(x)
     zero = norm == 0
     power = torch.ones_like(norm)
     least, high = norm.aminmax()
@@ -194,6 +196,8 @@ def _nearest_by_distance(x: Tensor, k: int, low: bool, bar: tqdm[Any]) -> tuple[
     features = max(1, _WORKSPACE // (8 * n))  # the mean in float64 makes a copy
     z = x - torch.cat([part.mean(0, dtype=torch.float64) for part in torch.split(x, features, 1)]).to(x.dtype)
     largest = row_norms(z).amax().clamp_min(torch.finfo(x.dtype).tiny)
+    if not largest.isfinite():
+        _refuse_infinite(x)
     z /= largest  # rows within the unit ball, where the bound holds
     nobody = torch.zeros(n, dtype=torch.bool, device=x.device)
     half = row_norms(z).square().to(x.dtype) / 2
@@ -209,27 +213,18 @@ def _candidates(
     z: Tensor, factor: Tensor | None, half: Tensor | None, k: int, settled: Tensor, bar: tqdm[Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_screen` compares, falling, and whose, (n, m); rows to compare among these, rows to compare with all."""
-    n, d = z.shape
-    if z.device.type == "cpu" and ((n >= _MANY and n * d >= _NUMBERS) or d >= _DEEP):
-        factor = z.new_ones(n) if factor is None else factor
-        half = z.new_zeros(n) if half is None else half
-        wide, narrow = (torch.full((n,), 2 * _error(z, f), dtype=torch.float64) for f in (_WIDE, _FEATURES))
-        some = _sample(n)
-        s = _products(z[some], z, _WIDE)
-        features, found = _WIDE, Candidates(k, factor, half, wide)
-        if found.crowded(s, some):
-            features, found = _FEATURES, Candidates(k, factor, half, narrow)
-        else:
-            found.begin(s, some)
-        block = _block(n, d)
-        return _compared(found, settled, z, block, lambda i, j, out: _products(z[i:j], z[i:], features, out), bar)
+    n = len(z)
+    block = _block(n)
+    if z.device.type == "cpu":
+        margin = torch.full((n,), 2 * _error(z), dtype=torch.float64)
+        found = Candidates(
+            k, z.new_ones(n) if factor is None else factor, z.new_zeros(n) if half is None else half, margin
+        )
+        return _compared(found, settled, z, block, lambda i, out: _upper_products(z, i, out), bar)
     m = min(k + _SPARE, n - 1)
-    values, indices = _screen(z, factor, half, m, _block(n, d), bar)
+    values, indices = _screen(z, factor, half, m, block, bar)
     near = values[:, k - 1] - 2 * _error(z)
     whole = ~settled & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(settled)
-    # On a CPU also where the order is known: the values then do not depend on how products were summed.
-    if z.device.type == "cpu":
-        return values, indices.masked_fill(values < near[:, None], -1), ~settled & ~whole, whole
     some = ~settled & ~whole & (values[:, k] >= near) if m > k else torch.zeros_like(settled)
     return values, indices, some, whole
 
@@ -257,13 +252,12 @@ def _rough_candidates(
     # the last term: rounding of the scaled rows, of what is subtracted, of the sums of both, and of the thresholds
     bound = error * size.max() + rounded * (error.max() + (d + 8) * u * rounded.max()) + 48 * u
     away = -shift.float() if half is None else half
-    some = _sample(n)
+    some = torch.linspace(0, n - 1, max(1, min(n // 16, _SAMPLE))).long()
     s = _upper(rows[some] @ rows.T)
     found = Candidates(k, torch.ones(n), away, 2 * bound, 2 * _ROUNDING / (1 - _ROUNDING))
     if found.crowded(s, some):
         return None
-    found.begin(s, some)
-    return _compared(found, settled, x, _ROWS, lambda i, j, out: _upper(rows[i:j] @ rows[i:].T, out), bar)
+    return _compared(found, settled, x, _ROWS, lambda i, out: _upper(rows[i : i + len(out)] @ rows[i:].T, out), bar)
 
 
 def _upper(s: Tensor, out: Tensor | None = None) -> Tensor:
@@ -277,10 +271,10 @@ def _compared(
     settled: Tensor,
     x: Tensor,
     block: int,
-    product: Callable[[int, int, Tensor], Tensor],
+    product: Callable[[int, Tensor], Tensor],
     bar: tqdm[Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_candidates` gives, from the products of rows i to j with all from i on, a few blocks in one memory."""
+    """What `_candidates` gives, from products of a few rows from i on with all from i on, and of more."""
     n = len(x)
     found.skip(settled)
     space = x.new_empty(max(min(block, n) * n, min(n * n, _WORKSPACE // x.itemsize)))
@@ -292,17 +286,13 @@ def _compared(
         if used + size > len(space):
             found.add(several)
             several, used = [], 0
-        several.append((product(i, j, space[used : used + size].view(j - i, n - i)), i, j))
+        several.append((product(i, space[used : used + size].view(j - i, n - i)), i, j))
         used += size
         bar.update(j - i)
     found.add(several)
-    values, indices, whole = found.found()
+    indices, whole = found.found()
     whole &= ~settled
-    return values, indices, ~settled & ~whole, whole
-
-
-def _sample(n: int) -> Tensor:
-    return torch.linspace(0, n - 1, max(1, min(n // 16, _SAMPLE))).long()
+    return x.new_zeros(indices.shape), indices, ~settled & ~whole, whole
 
 
 def _refined(
@@ -320,8 +310,10 @@ def _refined(
     n, d = x.shape
     best, nearest = values[:, :k].double(), indices[:, :k].clone()
     for rows in _parts(some, indices.shape[1] * min(d, _FEATURES)):
-        others = indices[rows].sort(1).values
-        best[rows], nearest[rows] = _best(_pair_scores(x, scale, rows, others, metric), others, k, metric)
+        others = indices.index_select(0, rows).sort(1).values
+        scores, others = _best(_pair_scores(x, scale, rows, others, metric), others, k, metric)
+        best.index_copy_(0, rows, scores)
+        nearest.index_copy_(0, rows, others)
     bar.total = n + int(whole.sum())
     for rows in _parts(whole, 2 * n):
         others = torch.arange(n, device=x.device).expand(len(rows), n)
@@ -346,10 +338,10 @@ def _low(x: Tensor, screening: str) -> bool:
 
 
 def checked(x: Tensor, k: int, metric: str) -> Tensor:
-    """As `as_samples`, and ValueError unless k is within range and the metric known."""
+    """As `as_samples`, but for NaN and infinite values; ValueError if k is out of range or the metric unknown."""
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
-    x = as_samples(x)
+    x = _rows(x)
     if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k < len(x):
         raise ValueError(f"k must be an integer with 1 <= k < n, got k = {k!r} with n = {len(x)} samples")
     return x
@@ -363,31 +355,36 @@ def as_samples(x: Tensor) -> Tensor:
     ValueError
         If x has fewer than two axes, no features, or NaN or infinite values.
     """
+    x = _rows(x)
+    if not x.sum().isfinite():  # the sum of finite numbers may overflow
+        _refuse_infinite(x)
+    return x
+
+
+def _rows(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.is_complex():
         raise ValueError(f"x must be a real torch tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if x.ndim < 2 or x[:1].numel() == 0:
         raise ValueError(f"x must have shape (n, ...) with n samples of at least one feature, got {tuple(x.shape)}")
     x = x.detach().flatten(1)
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    if not x.sum().isfinite() and not x.isfinite().all():  # the sum of finite numbers may overflow
-        bad = int((~x.isfinite()).any(1).sum())
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _refuse_infinite(x: Tensor) -> None:
+    if bad := int((~x.isfinite()).any(1).sum()):
         raise ValueError(f"x must be finite, got NaN or infinite values in {bad} of {len(x)} samples")
-    return x
 
 
-def _block(n: int, d: int) -> int:
-    """Rows per block: small where products dominate, so that half of them is saved; large where selection does."""
-    most = max(32, _BLOCK // n)
-    if d <= _FEATURES:
-        return min(most, 512 if n > 4096 else 1024)
-    return min(most, 128 if n <= 1024 and d > 8192 else 256 if n <= 4096 else 512)
+def _block(n: int) -> int:
+    """Rows per block."""
+    return min(_MOST, max(_LEAST, _BLOCK // n))
 
 
-def _error(x: Tensor, features: int = _FEATURES) -> float:
+def _error(x: Tensor) -> float:
     """Bound on the error of what is compared, for rows of norm 1 at most; no less than the width of a tie."""
     d = x.shape[1]
-    chunks = 0 if d > _DEEP and x.dtype == torch.float32 else d / features  # which are added in float64
-    return max((min(d, features) + chunks + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
+    chunks = min(d, _DEEP) if x.dtype == torch.float32 else d
+    return max((min(d, _FEATURES) + chunks / _FEATURES + 16) * torch.finfo(x.dtype).eps / 2, _TIE)
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -413,22 +410,29 @@ def _rescaled(x: Tensor) -> tuple[Tensor, Tensor]:
     return ((x * power[:, None]).to(x.dtype) if outside.any() else x), power
 
 
-def _products(a: Tensor, b: Tensor, features: int = _FEATURES, out: Tensor | None = None) -> Tensor:
-    """The product a b', summed over chunks of features; several chunks side by side where the workspace allows."""
-    d = a.shape[1]
-    if d <= features:
-        return torch.mm(a, b.T, out=out)
-    total = torch.zeros(len(a), len(b), dtype=torch.float64 if d > _DEEP else a.dtype, device=a.device)
-    step = features * max(1, _WORKSPACE // (4 * total.element_size() * total.numel()))  # with a copy in that type
-    for f in range(0, d, step):
-        p, q = a[:, f : f + step], b[:, f : f + step]
-        if p.shape[1] > features and p.shape[1] % features == 0:
-            p, q = p.reshape(len(p), -1, features), q.reshape(len(q), -1, features)  # views: (rows, chunks, features)
-            total += torch.bmm(p.transpose(0, 1), q.permute(1, 2, 0)).sum(0, dtype=total.dtype)
-        else:
-            for g in range(0, p.shape[1], features):
-                total += p[:, g : g + features] @ q[:, g : g + features].T
-    return total.to(a.dtype) if out is None else out.copy_(total)
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """The products of the rows of a with those of b."""
+    out = a.new_empty(len(a), len(b))
+    return _summed(out, a.shape[1], lambda part, beta: add_products_(out, a[:, part], b[:, part], beta=beta))
+
+
+def _upper_products(x: Tensor, i: int, out: Tensor) -> Tensor:
+    """The products of some rows of x from i on with all from i on, each pair once."""
+    return _summed(out, x.shape[1], lambda part, beta: add_upper_products_(out, x[:, part], i, beta=beta))
+
+
+def _summed(out: Tensor, d: int, add: Callable[[slice, float], object]) -> Tensor:
+    """`out`, to which chunks of features are added; of many features, sums of several chunks in float64."""
+    if d <= _DEEP or out.dtype == torch.float64:
+        for f in range(0, d, _FEATURES):
+            add(slice(f, f + _FEATURES), float(f > 0))
+        return out
+    total = torch.zeros_like(out, dtype=torch.float64)
+    for f in range(0, d, _FEATURES):
+        add(slice(f, f + _FEATURES), float(f % _DEEP > 0))
+        if (f + _FEATURES) % _DEEP == 0 or f + _FEATURES >= d:
+            total += out
+    return out.copy_(total)
 
 
 def _screen(
@@ -488,7 +492,9 @@ def _pair_scores(x: Tensor, scale: Tensor, rows: Tensor, others: Tensor, metric:
     """Cosines, or minus distances, of rows (r,) with others (r, m) in float64: (r, m)."""
     if x.device.type == "cpu":
         sums = pair_sums(x, rows, others, metric)
-        return _scores(sums, scale[rows, None], scale[others], metric).masked_fill(others < 0, -torch.inf)
+        # Here and below not by scale[others] and the like: for these torch starts threads, in each other's way then.
+        other = scale.index_select(0, others.flatten().clamp_min(0)).view_as(others)
+        return _scores(sums, scale[rows, None], other, metric).masked_fill(others < 0, -torch.inf)
     scores = torch.zeros(others.shape, dtype=torch.float64, device=x.device)
     for f in range(0, x.shape[1], _FEATURES):
         part = x[:, f : f + _FEATURES]

@@ -122,11 +122,9 @@ CROWDED = {
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", [*ADVERSARIAL, *CROWDED])
-def test_neighbours_are_exact_by_a_threshold_for_each_row(name, metric, monkeypatch):
+def test_neighbours_are_exact_in_any_precision(name, metric):
     x = (ADVERSARIAL | CROWDED)[name]
     assert_exact(x.float(), 4, metric, "bfloat16")
-    monkeypatch.setattr(neighbors, "_MANY", 0)
-    monkeypatch.setattr(neighbors, "_NUMBERS", 0)
     assert_exact(x, 4, metric, "float32")
 
 
@@ -148,7 +146,7 @@ def test_products_in_bfloat16_decide_most_rows(kind, monkeypatch):
         return whole(x, scale, rows, metric)
 
     monkeypatch.setattr(neighbors, "_row_scores", counted)
-    monkeypatch.setattr(neighbors, "_products", None)  # those of float32
+    monkeypatch.setattr(neighbors, "add_upper_products_", None)  # those of float32
     knn(x, 5, screening="bfloat16")
     assert sum(compared) < len(x) / 10
 
@@ -205,23 +203,12 @@ def test_errors_in_bfloat16_keep_to_their_bound(x, metric, monkeypatch):
 @pytest.mark.parametrize("x", [normal(1500, 30), (normal(1500, 300) + 1).relu()], ids=["normal", "behind a ReLU"])
 def test_values_do_not_depend_on_how_products_were_summed(x, metric, monkeypatch):
     expected = knn(x, 5, metric=metric, screening="float32")
-    few = {"_MANY": 0, "_NUMBERS": 0}
-    for change in ({"screening": "bfloat16"}, {"_block": lambda *_: 200}, few, few | {"_WIDE": 16}):
+    for change in ({"screening": "bfloat16"}, {"_block": lambda n: 200}, {"_FEATURES": 16}):
         with monkeypatch.context() as patch:
             for name in change.keys() - {"screening"}:
                 patch.setattr(neighbors, name, change[name])
             found = knn(x, 5, metric=metric, screening=change.get("screening", "float32"))
         assert all(map(torch.equal, found, expected))
-
-
-def test_thresholds_that_start_high_lose_nobody(monkeypatch):
-    """From 1024 samples on they start at the k-th best among a few rows."""
-    x = normal(1300, 4)
-    monkeypatch.setattr(neighbors, "_MANY", 0)
-    monkeypatch.setattr(neighbors, "_NUMBERS", 0)
-    for k in (1, 10, 60, 126, 127, 128, 200):
-        assert_exact(x, k, "cosine", "float32")
-        assert_exact(x, k, "euclidean", "bfloat16")
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.floats(0, 0.5), st.sampled_from([0, 0.01, 0.2]), seeds)
@@ -238,7 +225,7 @@ def test_candidates_hold_all_within_the_margin(n, k, margin, rounding, seed):
         if len(blocks) == together or blocks[-1][2] == n:
             found.add(blocks)
             blocks = []
-    values, columns, gave_up = found.found()
+    columns, gave_up = found.found()
     entries = factor[:, None] * factor * s - half[:, None] - half
     entries.fill_diagonal_(-torch.inf)
     kth = (entries - rounding * s.abs()).topk(k, dim=1).values[:, -1]
@@ -247,8 +234,7 @@ def test_candidates_hold_all_within_the_margin(n, k, margin, rounding, seed):
         wanted = (entries[o] > kth[o] - margin + 1e-4).nonzero()[:, 0].tolist()
         allowed = (entries[o] > kth[o] - margin - 1e-4).nonzero()[:, 0].tolist()
         assert gave_up[o] or set(wanted) <= set(own.tolist()) <= set(allowed)
-        torch.testing.assert_close(values[o, : len(own)], entries[o][own], atol=1e-5, rtol=1e-5)
-        assert (values[o, : len(own)].diff() <= 0).all()
+        assert len(set(own.tolist())) == len(own)
 
 
 def test_a_row_with_too_many_candidates_gives_up():
@@ -257,14 +243,29 @@ def test_a_row_with_too_many_candidates_gives_up():
     s[0] = s[:, 0] = 0.5  # row 0 has 299 alike, each other row has one
     found = Candidates(k, torch.ones(n), torch.zeros(n), torch.full((n,), 0.1, dtype=torch.float64))
     found.add([(s, 0, n)])
-    values, columns, gave_up = found.found()
+    columns, gave_up = found.found()
     assert gave_up.all()  # the others' second best is one of 298 zeros
     found = Candidates(1, torch.ones(n), torch.zeros(n), torch.full((n,), 0.1, dtype=torch.float64))
     found.add([(s, 0, n)])
-    values, columns, gave_up = found.found()
+    columns, gave_up = found.found()
     assert gave_up.nonzero().flatten().tolist() == [0]
     assert (columns[1:, 0] == 0).all()
-    assert (values[1:, 0] == 0.5).all()
+
+
+@pytest.mark.parametrize("rest", [1, 5])
+def test_ties_of_the_first_entries_are_left_behind_by_larger_ones(rest):
+    """A row finds no room for the zeros that tie at first; it gives up only if one of these may still be wanted."""
+    n, k = 180, 3
+    s = torch.zeros(n, n)
+    s[:, n - rest :] = s[n - rest :] = 0.5
+    found = Candidates(k, torch.ones(n), torch.zeros(n), torch.full((n,), 0.1, dtype=torch.float64))
+    for i in range(0, n, 60):
+        found.add([(s[i : i + 60, i:].contiguous(), i, i + 60)])
+    columns, gave_up = found.found()
+    assert gave_up[: n - rest].tolist() == [rest < k] * (n - rest)
+    assert gave_up[n - rest :].all()
+    if rest > k:
+        assert {tuple(c for c in row if c >= 0) for row in columns[: n - rest].tolist()} == {tuple(range(n - rest, n))}
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -279,19 +280,19 @@ def interrupt():
 
 
 @pytest.mark.parametrize("n", [600, 1500])
-def test_an_interrupt_ends_the_search_at_the_next_block(n, monkeypatch):
-    x, products, threads = normal(n, 900), neighbors._products, threading.active_count()
+def test_an_interrupt_ends_the_search_at_once(n, monkeypatch):
+    x, products, threads = normal(n, 900), neighbors.add_upper_products_, threading.active_count()
     made = []
 
-    def interrupted(a, b, *rest):
-        made.append(a.shape)
+    def interrupted(*args, **options):
+        made.append(args[0].shape)
         if len(made) == 2:
             interrupt()
-        return products(a, b, *rest)
+        return products(*args, **options)
 
     precision = torch.get_float32_matmul_precision()
     with monkeypatch.context() as patch:
-        patch.setattr(neighbors, "_products", interrupted)
+        patch.setattr(neighbors, "add_upper_products_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             knn(x, 3, screening="float32")
     assert len(made) == 2
@@ -323,7 +324,7 @@ def test_an_interrupt_waits_for_the_work_of_threads():
     assert threading.active_count() == threads
 
 
-@pytest.mark.parametrize(("n", "screening"), [(100, "float32"), (1500, "float32"), (300, "bfloat16")])
+@pytest.mark.parametrize(("n", "screening"), [(150, "float32"), (3000, "float32"), (300, "bfloat16")])
 def test_the_bar_counts_rows_and_those_compared_with_all_others(n, screening, monkeypatch):
     counts = []
 
@@ -484,7 +485,7 @@ MIXED = {
 def test_block_size_changes_no_neighbour(x, monkeypatch):
     expected = sets(x)
     for block in (1000, 7):
-        monkeypatch.setattr(neighbors, "_block", lambda *_, block=block: block)
+        monkeypatch.setattr(neighbors, "_block", lambda n, block=block: block)
         for one, other in zip(sets(x), expected, strict=True):
             assert torch.equal(one, other)
 
@@ -535,7 +536,7 @@ def test_a_lower_matmul_precision_is_set_aside_and_restored():
             assert torch.equal(one, other)
         assert torch.get_float32_matmul_precision() == "medium"
         with pytest.raises(RuntimeError), full_precision(x.device):
-            neighbors._products(normal(2, 3), normal(2, 4))
+            torch.mm(normal(2, 3), normal(2, 4))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

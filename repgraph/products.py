@@ -1,0 +1,85 @@
+"""Products of rows with one another, each pair once, added to a matrix."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from numba.extending import get_cython_function_address
+from torch import Tensor
+
+_BLOCK = 256  # rows of a block, small enough to save half of the products and to mirror within a cache
+
+
+def _blas(routine: str, arguments: int) -> Callable[..., None]:
+    """Of the BLAS that SciPy brings: torch has no routine for half of a symmetric product."""
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)
+    return kind(get_cython_function_address("scipy.linalg.cython_blas", routine))
+
+
+_SYRK = {torch.float32: _blas("ssyrk", 10), torch.float64: _blas("dsyrk", 10)}
+_GEMM = {torch.float32: _blas("sgemm", 13), torch.float64: _blas("dgemm", 13)}
+_NUMBER = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+
+
+def add_products_(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> Tensor:
+    """Set `out` (m, n) to beta times itself plus the products of the rows of a (m, d) with those of b (n, d)."""
+    if out.device.type != "cpu":
+        return out.addmm_(a, b.T, beta=beta)
+    if out.shape != (len(a), len(b)) or a.shape[1] != b.shape[1] or not a.dtype == b.dtype == out.dtype:
+        shapes = ", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in (a, b, out))
+        raise ValueError(f"a (m, d), b (n, d) and out (m, n) must be of one type, got {shapes}")
+    a, b = _with_rows(a), _with_rows(b)
+    sizes = _integer(len(b)), _integer(len(a)), _integer(a.shape[1])
+    # What is a row here is a column to BLAS.
+    _GEMM[out.dtype](b"T", b"N", *sizes, _number(out, 1), *_matrix(b), *_matrix(a), _number(out, beta), *_matrix(out))
+    return out
+
+
+def add_upper_products_(out: Tensor, x: Tensor, i: int = 0, *, beta: float = 1.0) -> Tensor:
+    """As `add_products_`, to `out` (r, n - i), of r rows of x (n, d) from row i on with all from row i on.
+
+    Of two of these r rows the product of the earlier with the later one is set, the other may be.
+    """
+    r, x = len(out), x[i:]
+    if out.device.type != "cpu":
+        for b in range(0, r, _BLOCK):
+            add_products_(out[b : b + _BLOCK, b:], x[b : min(b + _BLOCK, r)], x[b:], beta=beta)
+        return out
+    if out.shape[1] != len(x) or out.dtype != x.dtype:
+        shapes = f"{tuple(x.shape)} of {x.dtype} and {tuple(out.shape)} of {out.dtype}"
+        raise ValueError(f"rows (n - i, d) and out (r, n - i) must be of one type, got {shapes}")
+    x = _with_rows(x)
+    sizes = _integer(r), _integer(x.shape[1])
+    _SYRK[out.dtype](b"L", b"T", *sizes, _number(out, 1), *_matrix(x), _number(out, beta), *_matrix(out))
+    if r < len(x):
+        add_products_(out[:, r:], x[:r], x[r:], beta=beta)
+    return out
+
+
+def mirror_(matrix: Tensor) -> Tensor:
+    """Copy the upper half of a square matrix to the lower."""
+    for i in range(0, len(matrix), _BLOCK):
+        j = min(i + _BLOCK, len(matrix))
+        corner = matrix[i:j, i:j]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[j:, i:j] = matrix[i:j, j:].T
+    return matrix
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """x, or a copy where its rows do not lie one behind the other."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.clone(memory_format=torch.contiguous_format)
+
+
+def _matrix(x: Tensor) -> tuple[int, object]:
+    return x.data_ptr(), _integer(x.stride(0))
+
+
+def _integer(value: int) -> object:
+    return ctypes.byref(ctypes.c_int(value))
+
+
+def _number(like: Tensor, value: float) -> object:
+    return ctypes.byref(_NUMBER[like.dtype](value))
