@@ -24,9 +24,7 @@ Screening = Literal["auto", "float32", "bfloat16"]
 _FEATURES = 512  # features per product: bounds the rounding error of the sum over all of them
 _ROWS = 256  # rows of a block in bfloat16
 _ROUNDING = 2.0**-8  # what bfloat16 may have rounded off a product, as a part of the rounded one
-_SAMPLE = (
-    128  # rows at most that tell how crowded the candidates are, and where the k-th best of the others lies at least
-)
+_SAMPLE = 128  # rows at most that tell how crowded the candidates are
 _MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which bfloat16 pays
 _DEEP = 2**15  # features after which sums go on in float64
 _FEW = 8  # rows that are compared with all others without a float64 copy of these
@@ -85,17 +83,17 @@ def knn(
     similarities (32 n for n > 2^20), on a CPU 2 k + 96 candidates of a row, and about 100 MiB: 0.3 GB for n = 50,000.
     A copy of x for distances, half a copy in bfloat16. An interrupt ends the search after the block at work.
 
-    Large inputs on a CPU: each row keeps what lies within twice the error of its k-th best so far, in a compiled pass
-    over every block. In bfloat16 the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\|
-    e_j + d u \|v_i\| \|v_j\|, with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured, before it is rounded to s_ij:
-    that adds 2^-8 |s_ij| at most, so that j is left out where s_ij + 2^-8 |s_ij| is less than the k-th largest of
-    s_ic - 2^-8 |s_ic| by twice the error. The terms <w, m> are kept in float32. Where many rows have more than k + 80
-    candidates (tight clusters), products are computed in float32 after all.
+    On a CPU the products are those of SciPy's BLAS (its threads are set by OMP_NUM_THREADS or threadpoolctl), and each
+    row keeps what lies within twice the error of its k-th best so far, in a compiled pass over every block. In bfloat16
+    the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\| e_j + d u \|v_i\| \|v_j\|, with
+    v_i = w_i rounded and e_i = \|w_i - v_i\| as measured, before it is rounded to s_ij: that adds 2^-8 |s_ij| at most, so
+    that j is left out where s_ij + 2^-8 |s_ij| is less than the k-th largest of s_ic - 2^-8 |s_ic| by twice the error.
+    The terms <w, m> are kept in float32. Where many rows have more than k + 80 candidates (tight clusters), products
+    are computed in float32 after all.
 
-    The bound in float32: products are summed over chunks of c features and the chunks one after the other, so in any
-    order inside a chunk the error of a cosine is below (min(c, d) + d/c + 16) u, u = 2^-24 (2^-53 for float64), with c
-    = 4096 on a CPU from 1024 samples and 2^19 numbers on, unless a few rows show that this would leave too many
-    candidates, and 512 otherwise; beyond 2^15 features the chunks are added in float64, and d/c is gone.
+    The bound in float32: products are summed over chunks of 512 features and the chunks one after the other, so in any
+    order inside a chunk the error of a cosine is below (min(512, d) + d/512 + 16) u, u = 2^-24 (2^-53 for float64);
+    sums of more than 2^15 features go on in float64, so that d/512 is 64 at most.
 
     Examples
     --------
@@ -216,10 +214,9 @@ def _candidates(
     n = len(z)
     block = _block(n)
     if z.device.type == "cpu":
-        margin = torch.full((n,), 2 * _error(z), dtype=torch.float64)
-        found = Candidates(
-            k, z.new_ones(n) if factor is None else factor, z.new_zeros(n) if half is None else half, margin
-        )
+        factor = z.new_ones(n) if factor is None else factor
+        half = z.new_zeros(n) if half is None else half
+        found = Candidates(k, factor, half, torch.full((n,), 2 * _error(z), dtype=torch.float64))
         return _compared(found, settled, z, block, lambda i, out: _upper_products(z, i, out), bar)
     m = min(k + _SPARE, n - 1)
     values, indices = _screen(z, factor, half, m, block, bar)
@@ -274,7 +271,7 @@ def _compared(
     product: Callable[[int, Tensor], Tensor],
     bar: tqdm[Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_candidates` gives, from products of a few rows from i on with all from i on, and of more."""
+    """What `_candidates` gives; `product` sets a block of rows from i on by all from i on. Blocks share one memory."""
     n = len(x)
     found.skip(settled)
     space = x.new_empty(max(min(block, n) * n, min(n * n, _WORKSPACE // x.itemsize)))
@@ -492,9 +489,9 @@ def _pair_scores(x: Tensor, scale: Tensor, rows: Tensor, others: Tensor, metric:
     """Cosines, or minus distances, of rows (r,) with others (r, m) in float64: (r, m)."""
     if x.device.type == "cpu":
         sums = pair_sums(x, rows, others, metric)
-        # Here and below not by scale[others] and the like: for these torch starts threads, in each other's way then.
-        other = scale.index_select(0, others.flatten().clamp_min(0)).view_as(others)
-        return _scores(sums, scale[rows, None], other, metric).masked_fill(others < 0, -torch.inf)
+        # Not scale[others], nor best[rows] = ...: for these torch starts threads, in the way of those of products.
+        own, other = (scale.index_select(0, at.flatten().clamp_min(0)) for at in (rows, others))
+        return _scores(sums, own[:, None], other.view_as(others), metric).masked_fill(others < 0, -torch.inf)
     scores = torch.zeros(others.shape, dtype=torch.float64, device=x.device)
     for f in range(0, x.shape[1], _FEATURES):
         part = x[:, f : f + _FEATURES]

@@ -75,8 +75,7 @@ def modularity(graph: Graph, labels: Labels, *, resolution: float = 1.0, negativ
         raise ValueError(f"negative must be 'raise', 'clip', 'signed' or 'keep', got {negative!r}")
     if not 0 <= resolution < float("inf"):
         raise ValueError(f"resolution must be a finite number >= 0, got {resolution}")
-    row, col, weight = _edges(graph)
-    codes, classes = class_codes(labels, graph.n)
+    own, other, weight, classes = _edges(graph, labels)
     below = weight < 0
     if negative == "raise" and bool(below.any()):
         raise ValueError(
@@ -87,10 +86,10 @@ def modularity(graph: Graph, labels: Labels, *, resolution: float = 1.0, negativ
     if negative == "signed":
         plus, minus = weight.clamp_min(0), -weight.clamp_max(0)
         total = plus.sum() + minus.sum()
-        parts = [w.sum() * _modularity(row, col, w, codes, len(classes), resolution) for w in (plus, minus)]
+        parts = [w.sum() * _modularity(own, other, w, classes, resolution) for w in (plus, minus)]
         q = float((parts[0].nan_to_num() - parts[1].nan_to_num()) / total)
     else:
-        q = float(_modularity(row, col, weight, codes, len(classes), resolution))
+        q = float(_modularity(own, other, weight, classes, resolution))
     return _or_nan(q, graph)
 
 
@@ -168,9 +167,8 @@ def modularity_ceiling(graph: Graph, labels: Labels) -> float:
     >>> modularity_ceiling(graph, [0, 0, 0, 1, 1, 1])
     0.5
     """
-    row, col, weight = _edges(graph)
-    codes, classes = class_codes(labels, graph.n)
-    return _or_nan(float(1 - _chance(row, col, weight.abs(), codes, len(classes))), graph)
+    own, other, weight, classes = _edges(graph, labels)
+    return _or_nan(float(1 - _chance(own, other, weight.abs(), classes)), graph)
 
 
 def _or_nan(value: float, graph: Graph) -> float:
@@ -180,21 +178,24 @@ def _or_nan(value: float, graph: Graph) -> float:
     return math.nan
 
 
-def _edges(graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
+def _edges(graph: Graph, labels: Labels) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The classes that each edge joins, (edges,) twice, its weight, and the number of classes."""
     if graph.directed:
         raise ValueError("modularity needs an undirected graph: call graph.symmetrize() first")
     row, col, weight = graph.edges()
-    return torch.from_numpy(row).long(), torch.from_numpy(col).long(), torch.from_numpy(weight)
+    codes, classes = class_codes(labels, graph.n)
+    own, other = (codes.index_select(0, torch.from_numpy(ends).long()) for ends in (row, col))
+    return own, other, torch.from_numpy(weight), len(classes)
 
 
-def _modularity(row: Tensor, col: Tensor, weight: Tensor, codes: Tensor, classes: int, resolution: float) -> Tensor:
-    """Q of an edge list (row, col, weight), each edge once; codes (n,) in 0..classes-1. A tensor without axes."""
-    inside = (weight * (codes[row] == codes[col])).sum()
-    return inside / weight.sum() - resolution * _chance(row, col, weight, codes, classes)
+def _modularity(own: Tensor, other: Tensor, weight: Tensor, classes: int, resolution: float) -> Tensor:
+    """Q of edges that join these classes, each edge once. A tensor without axes."""
+    inside = (weight * (own == other)).sum()
+    return inside / weight.sum() - resolution * _chance(own, other, weight, classes)
 
 
-def _chance(row: Tensor, col: Tensor, weight: Tensor, codes: Tensor, classes: int) -> Tensor:
+def _chance(own: Tensor, other: Tensor, weight: Tensor, classes: int) -> Tensor:
     """sum_c (d_c / 2T)^2, the share of weight inside classes that chance would give."""
     degree = torch.zeros(classes, dtype=weight.dtype, device=weight.device)
-    degree.index_add_(0, codes[row], weight).index_add_(0, codes[col], weight)
+    degree.index_add_(0, own, weight).index_add_(0, other, weight)
     return (degree / (2 * weight.sum())).square().sum()
