@@ -85,11 +85,11 @@ def knn(
 
     On a CPU the products are those of SciPy's BLAS (its threads are set by OMP_NUM_THREADS or threadpoolctl), and each
     row keeps what lies within twice the error of its k-th best so far, in a compiled pass over every block. In bfloat16
-    the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\| e_j + d u \|v_i\| \|v_j\|, with
-    v_i = w_i rounded and e_i = \|w_i - v_i\| as measured, before it is rounded to s_ij: that adds 2^-8 |s_ij| at most, so
-    that j is left out where s_ij + 2^-8 |s_ij| is less than the k-th largest of s_ic - 2^-8 |s_ic| by twice the error.
-    The terms <w, m> are kept in float32. Where many rows have more than k + 80 candidates (tight clusters), products
-    are computed in float32 after all.
+    the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\| e_j + d u \|v_i\| \|v_j\|,
+    with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured, before it is rounded to s_ij: that adds 2^-8 |s_ij| at
+    most, so that j is left out where s_ij + 2^-8 |s_ij| is less than the k-th largest of s_ic - 2^-8 |s_ic| by twice
+    the error. The terms <w, m> are kept in float32. Where many rows have more than k + 80 candidates (tight clusters),
+    products are computed in float32 after all.
 
     The bound in float32: products are summed over chunks of 512 features and the chunks one after the other, so in any
     order inside a chunk the error of a cosine is below (min(512, d) + d/512 + 16) u, u = 2^-24 (2^-53 for float64);
