@@ -1,4 +1,8 @@
-"""Products of rows with one another, each pair once, added to a matrix."""
+"""Products of rows with one another, each pair once, added to a matrix.
+
+On a CPU they are those of SciPy's BLAS, whose threads wait for more work for a while, as those of torch do: where both
+take turns, as in a capture, they are in each other's way and torch alone is faster.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,6 @@ from collections.abc import Callable
 import torch
 from numba.extending import get_cython_function_address
 from torch import Tensor
-
-_BLOCK = 256  # rows of a block, small enough to save half of the products and to mirror within a cache
 
 
 def _blas(routine: str, arguments: int) -> Callable[..., None]:
@@ -38,15 +40,11 @@ def add_products_(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> Te
 
 
 def add_upper_products_(out: Tensor, x: Tensor, i: int = 0, *, beta: float = 1.0) -> Tensor:
-    """As `add_products_`, to `out` (r, n - i), of r rows of x (n, d) from row i on with all from row i on.
+    """As `add_products_`, to `out` (r, n - i), of r rows of x (n, d) from row i on with all from row i on; on a CPU.
 
     Of two of these r rows the product of the earlier with the later one is set, the other may be.
     """
     r, x = len(out), x[i:]
-    if out.device.type != "cpu":
-        for b in range(0, r, _BLOCK):
-            add_products_(out[b : b + _BLOCK, b:], x[b : min(b + _BLOCK, r)], x[b:], beta=beta)
-        return out
     if out.shape[1] != len(x) or out.dtype != x.dtype:
         shapes = f"{tuple(x.shape)} of {x.dtype} and {tuple(out.shape)} of {out.dtype}"
         raise ValueError(f"rows (n - i, d) and out (r, n - i) must be of one type, got {shapes}")
@@ -56,16 +54,6 @@ def add_upper_products_(out: Tensor, x: Tensor, i: int = 0, *, beta: float = 1.0
     if r < len(x):
         add_products_(out[:, r:], x[:r], x[r:], beta=beta)
     return out
-
-
-def mirror_(matrix: Tensor) -> Tensor:
-    """Copy the upper half of a square matrix to the lower."""
-    for i in range(0, len(matrix), _BLOCK):
-        j = min(i + _BLOCK, len(matrix))
-        corner = matrix[i:j, i:j]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        matrix[j:, i:j] = matrix[i:j, j:].T
-    return matrix
 
 
 def _with_rows(x: Tensor) -> Tensor:

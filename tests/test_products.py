@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from repgraph.products import add_products_, add_upper_products_, mirror_
+from repgraph.products import add_products_, add_upper_products_
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -51,14 +51,6 @@ def test_products_are_those_of_numpy(layout, n, d, dtype):
         close(add_products_(general, x[i : i + r], x, beta=0.5), 1.5 * expected[i : i + r], dtype)
 
 
-def test_an_upper_half_is_mirrored():
-    for n in (1, 5, 256, 600):
-        x = normal(n, 3)
-        found = mirror_(add_upper_products_(torch.zeros(n, n, dtype=x.dtype), x))
-        assert torch.equal(found, found.T)
-        close(found, (x @ x.T).numpy(), x.dtype)
-
-
 def test_what_does_not_fit_is_refused():
     x = normal(4, 3)
     for a, b, out in [
@@ -78,5 +70,5 @@ def test_what_does_not_fit_is_refused():
 def test_products_stay_on_cuda():
     with FakeTensorMode():
         x = torch.empty(600, 40, device="cuda")
-        assert add_upper_products_(torch.empty(300, 500, device="cuda"), x, 100).device.type == "cuda"
-        assert add_products_(torch.empty(600, 600, device="cuda"), x, x).shape == (600, 600)
+        out = add_products_(torch.empty(600, 600, device="cuda"), x, x)
+        assert (out.device.type, out.shape) == ("cuda", (600, 600))

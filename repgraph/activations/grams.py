@@ -14,7 +14,6 @@ from repgraph.activations.recording import Recording
 from repgraph.activations.reduce import ChannelAxis, Reduce, check_choice
 from repgraph.activations.spec import readable
 from repgraph.precision import full_precision
-from repgraph.products import add_products_
 
 _FEATURES = 4096  # features per product
 
@@ -128,21 +127,21 @@ class _Block:
             self.held[name] = x.new_empty((self.end - self.begin, x.shape[1]))
         rows, held = self.grams[name][at:after], self.held[name]
         known = min(at, self.end) - self.begin
-        _set_products(x, held[:known], rows[:, self.begin : self.begin + known])
+        _add_products(x, held[:known], rows[:, self.begin : self.begin + known])
         if self.begin == 0 or at < self.end:  # within later batches the first pass did it
-            _set_products(x, x, rows[:, at:after])
+            _add_products(x, x, rows[:, at:after])
         kept = max(0, min(after, self.end) - at)
         held[known : known + kept] = x[:kept]
 
 
-def _set_products(a: Tensor, b: Tensor, out: Tensor) -> None:
+def _add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Set `out` to a b', summed over chunks of features in its type."""
+    out.zero_()
     if not out.numel():
         return
     with full_precision(a.device):
         for f in range(0, a.shape[1], _FEATURES):
-            p, q = (x[:, f : f + _FEATURES].to(out.dtype) for x in (a, b))
-            add_products_(out, p, q, beta=float(f > 0))
+            out.addmm_(a[:, f : f + _FEATURES].to(out.dtype), b[:, f : f + _FEATURES].to(out.dtype).T)
 
 
 def _whole(gram: Tensor, name: str) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from repgraph.activations.gates import unpack
 from repgraph.labels import Labels, class_codes
+from repgraph.metrics.similarity.gram import add_products_, mirror_
 from repgraph.precision import full_precision
-from repgraph.products import add_upper_products_, mirror_
 
 Estimator = Literal["kde", "kde_lower", "plugin"]
 Width = Literal["total", "active"]
@@ -284,10 +284,10 @@ def _compared(S: Tensor, gates: int | None) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(S.device):
         for chunk in _chunks(S, gates, dtype):
             if exact == dtype:
-                add_upper_products_(products, chunk)
+                add_products_(products, chunk)
             else:
                 part = torch.zeros_like(products, dtype=dtype)
-                add_upper_products_(part, chunk)
+                add_products_(part, chunk)
                 products += part
             own += (chunk if hard else chunk.square()).sum(1, dtype=torch.float64)
             rates.append(chunk.mean(0, dtype=torch.float64))

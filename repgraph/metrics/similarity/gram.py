@@ -10,9 +10,9 @@ from torch import Tensor
 
 from repgraph.neighbors import as_samples
 from repgraph.precision import full_precision
-from repgraph.products import add_upper_products_, mirror_
 
 WORKSPACE = 32 * 2**20  # bytes of centred features held at once
+_BLOCK = 256  # rows per product: small enough to save half of them
 _SMALL, _LARGE = 1e-12, 1e12  # features whose products float32 holds
 
 
@@ -155,7 +155,7 @@ def centred_products(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
         z = torch.sub(part, mean, out=workspace[: part.numel()].view_as(part))
         projection += z @ mean
         square += mean.double().square().sum()
-        add_upper_products_(off, z)
+        add_products_(off, z)
     diagonal = off.diagonal().to(torch.float64, copy=True)
     # What is left of constant features is the rounding of their mean.
     varies = diagonal.sum() > (16 * torch.finfo(dtype).eps) ** 2 * n * square
@@ -163,6 +163,22 @@ def centred_products(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
     factor = torch.exp2(-exponent.double())
     off = mirror_(off.fill_diagonal_(0).mul_((varies * factor).to(dtype)))
     return off, diagonal * varies * factor, (projection.double() + square / 2) * factor, exponent
+
+
+def add_products_(matrix: Tensor, z: Tensor) -> None:
+    """Add the products of all pairs of rows of z (n, d) to the upper half of a matrix (n, n)."""
+    for i in range(0, len(z), _BLOCK):
+        matrix[i : i + _BLOCK, i:].addmm_(z[i : i + _BLOCK], z[i:].T)
+
+
+def mirror_(matrix: Tensor) -> Tensor:
+    """Copy the upper half of a square matrix to the lower."""
+    for i in range(0, len(matrix), _BLOCK):
+        j = min(i + _BLOCK, len(matrix))
+        corner = matrix[i:j, i:j]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[j:, i:j] = matrix[i:j, j:].T
+    return matrix
 
 
 def principal_components(x: Tensor | Gram) -> tuple[Tensor, Tensor]:
