@@ -13,7 +13,7 @@ from torch import Tensor
 
 from repgraph.activations.gates import unpack
 from repgraph.labels import Labels, class_codes
-from repgraph.metrics.similarity.gram import add_products_, mirror_
+from repgraph.metrics.similarity.gram import add_gram_, mirror_
 from repgraph.precision import full_precision
 
 Estimator = Literal["kde", "kde_lower", "plugin"]
@@ -284,10 +284,10 @@ def _compared(S: Tensor, gates: int | None) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(S.device):
         for chunk in _chunks(S, gates, dtype):
             if exact == dtype:
-                add_products_(products, chunk)
+                add_gram_(products, chunk)
             else:
                 part = torch.zeros_like(products, dtype=dtype)
-                add_products_(part, chunk)
+                add_gram_(part, chunk)
                 products += part
             own += (chunk if hard else chunk.square()).sum(1, dtype=torch.float64)
             rates.append(chunk.mean(0, dtype=torch.float64))

@@ -155,7 +155,7 @@ def centred_products(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
         z = torch.sub(part, mean, out=workspace[: part.numel()].view_as(part))
         projection += z @ mean
         square += mean.double().square().sum()
-        add_products_(off, z)
+        add_gram_(off, z)
     diagonal = off.diagonal().to(torch.float64, copy=True)
     # What is left of constant features is the rounding of their mean.
     varies = diagonal.sum() > (16 * torch.finfo(dtype).eps) ** 2 * n * square
@@ -165,7 +165,7 @@ def centred_products(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
     return off, diagonal * varies * factor, (projection.double() + square / 2) * factor, exponent
 
 
-def add_products_(matrix: Tensor, z: Tensor) -> None:
+def add_gram_(matrix: Tensor, z: Tensor) -> None:
     """Add the products of all pairs of rows of z (n, d) to the upper half of a matrix (n, n)."""
     for i in range(0, len(z), _BLOCK):
         matrix[i : i + _BLOCK, i:].addmm_(z[i : i + _BLOCK], z[i:].T)
