@@ -1,17 +1,22 @@
-"""Candidates for the nearest neighbours of each row, taken from blocks of similarities as these are computed."""
+"""Candidates for the nearest neighbours of each row, taken from tiles of similarities as these are computed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, uint64
 from torch import Tensor
+
+from repgraph.threads import share
 
 _CROWD = 80  # candidates beyond k that a row may have
 _RUN = 32  # entries compared with the threshold before any is looked at
+_STRIP = 512  # columns whose candidates stay in a cache
 _FEW, _PART = 1024, 2048  # up to so many samples so many features of all of them stay in a cache
 _WORTH = 2**24  # products of numbers that a thread is worth, while those of torch still wait for work
 _ENTRIES = 2**19  # to be looked at that a thread is worth
@@ -63,22 +68,19 @@ class Candidates:
         self.counts[rows.numpy()] = -1
         self.lowest[rows.numpy()] = np.inf
 
-    def add(self, blocks: Sequence[tuple[Tensor, int, int]]) -> None:
-        """Let blocks (s, i, j) compete: s (j - i, n - i) holds rows i to j with columns i to n, and these as rows.
+    def add_rows(self, s: Tensor, i: int, j: int) -> None:
+        """Let the entries of a tile compete: s holds rows from i on with columns from j on, right of the diagonal.
 
-        Only what is right of the diagonal is read. Several at a time, since the threads of products still wait for
-        work for a while after each.
+        Tiles of different rows may be added at the same time, here as well as in `add_columns`.
         """
-        own, n, (_, first, _) = self.own, len(self.keys), blocks[0]
-        several = [(s.numpy(), i, j) for s, i, j in blocks]
+        _as_rows(s.numpy(), i, j, self.own)
 
-        def compete(a: int, b: int) -> None:
-            for s, i, j in several:
-                _as_columns(s, max(a, i), b, i, own)
-                _as_rows(s, max(a, i), min(b, j), i, own)
-
-        entries = sum(j - i for _, i, j in several)  # of a row, at most
-        _shared(first, n, compete, max(16, _ENTRIES // entries))
+    def add_columns(self, s: Tensor, i: int, j: int) -> None:
+        """As `add_rows`, for the columns as rows: they compete with rows from i on."""
+        values = s.numpy()
+        if i < j and len(values) >= self.k and (self.lowest[j : j + values.shape[1]] == -np.inf).all():
+            _seed(values, i, j, np.empty((2, values.shape[1]), values.dtype), self.own)
+        _as_columns(values, i, j, self.own)
 
     def found(self) -> tuple[Tensor, Tensor]:
         """Columns (n, m), -1 where there are fewer, and which rows gave up."""
@@ -105,46 +107,78 @@ def _shared(start: int, stop: int, work: Callable[[int, int], None], least: int 
         work(start, stop)
         return
     bounds = np.linspace(start, stop, threads + 1).astype(int).tolist()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, bounds[:-1], bounds[1:]))
+
+    def some(parts: Iterator[tuple[int, int]]) -> None:
+        for part in parts:
+            work(*part)
+
+    share(deque(pairwise(bounds)), some, threads)
 
 
-@njit(cache=True, nogil=True)
-def _as_rows(s, a, b, i, own):  # type: ignore[no-untyped-def]
+def _kernel(fastmath: bool | set[str] = False) -> Any:
+    """Compiled without counts of references to arrays, at each of which threads would wait for one another."""
+    return njit(cache=True, nogil=True, _nrt=False, fastmath=fastmath)  # type: ignore[call-overload]
+
+
+@_kernel()
+def _as_rows(s, i, j, own):  # type: ignore[no-untyped-def]
     factor, half, margin, keys, columns, counts, lowest, best, lost, rounding = own
-    for o in range(a, b):
-        for start in range(o + 1 - i, s.shape[1], _RUN):
-            run = s[o - i, start : start + _RUN]  # slices, since loops over them are vectorised
-            f, h = factor[i + start : i + start + _RUN], half[i + start : i + start + _RUN]
-            low, hits = lowest[o], 0
-            for c in range(len(run)):
-                hits += run[c] * f[c] - h[c] >= low
-            if hits:
-                for c in range(len(run)):
-                    key = run[c] * f[c] - h[c]
-                    if key >= lowest[o]:
-                        _push(o, key, i + start + c, half, margin, keys, columns, counts, lowest, best, lost, rounding)
-
-
-@njit(cache=True, nogil=True)
-def _as_columns(s, a, b, i, own):  # type: ignore[no-untyped-def]
-    factor, half, margin, keys, columns, counts, lowest, best, lost, rounding = own
-    for r in range(s.shape[0]):
-        f, h = factor[i + r], half[i + r]
-        for start in range(max(a, i + r + 1), b, _RUN):
-            stop = min(start + _RUN, b)
-            run, low = s[r, start - i : stop - i], lowest[start:stop]
+    end = j + s.shape[1]
+    for o in range(i, i + s.shape[0]):
+        for start in range(max(j, o + 1), end, _RUN):
+            stop = min(start + _RUN, end)
             hits = 0
-            for c in range(len(run)):
-                hits += run[c] * f - h >= low[c]
+            for c in range(uint64(start), uint64(stop)):  # unsigned, or a look for negative ones takes longer than this
+                hits += s[uint64(o - i), c - uint64(j)] * factor[c] - half[c] >= lowest[o]
             if hits:
-                for c in range(len(run)):
-                    key = run[c] * f - h
-                    if key >= low[c]:
-                        _push(start + c, key, i + r, half, margin, keys, columns, counts, lowest, best, lost, rounding)
+                for c in range(start, stop):
+                    key = s[o - i, c - j] * factor[c] - half[c]
+                    if key >= lowest[o]:
+                        _push(o, key, c, half, margin, keys, columns, counts, lowest, best, lost, rounding)
 
 
-@njit(cache=True, nogil=True)
+@_kernel()
+def _as_columns(s, i, j, own):  # type: ignore[no-untyped-def]
+    factor, half, margin, keys, columns, counts, lowest, best, lost, rounding = own
+    end = j + s.shape[1]
+    for left in range(j, end, _STRIP):
+        right = min(left + _STRIP, end)
+        for r in range(s.shape[0]):
+            f, h = factor[i + r], half[i + r]
+            for start in range(max(left, i + r + 1), right, _RUN):
+                stop = min(start + _RUN, right)
+                hits = 0
+                for c in range(uint64(start), uint64(stop)):
+                    hits += s[uint64(r), c - uint64(j)] * f - h >= lowest[c]
+                if hits:
+                    for c in range(start, stop):
+                        key = s[r, c - j] * f - h
+                        if key >= lowest[c]:
+                            _push(c, key, i + r, half, margin, keys, columns, counts, lowest, best, lost, rounding)
+
+
+@_kernel()
+def _seed(s, i, j, room, own):  # type: ignore[no-untyped-def]
+    """Thresholds of columns: of the largest entries in k parts of the rows, the least has k entries no less than it."""
+    factor, half, margin, _, _, _, lowest, best, _, rounding = own
+    k, m = best.shape[1], s.shape[0]
+    least, peak = room
+    least[:] = np.inf
+    for g in range(k):
+        peak[:] = -np.inf
+        for r in range(g * m // k, (g + 1) * m // k):
+            f, h = factor[i + r], half[i + r]
+            for c in range(uint64(s.shape[1])):
+                key = s[uint64(r), c] * f - h
+                key -= rounding * abs(key + half[c + uint64(j)])
+                peak[c] = key if key > peak[c] else peak[c]
+        for c in range(len(peak)):
+            least[c] = min(least[c], peak[c])
+    for c in range(len(peak)):
+        lowest[j + c] = max(lowest[j + c], least[c] - margin[j + c])
+
+
+@_kernel()
 def _push(o, key, column, half, margin, keys, columns, counts, lowest, best, lost, rounding):  # type: ignore[no-untyped-def]
     k = best.shape[1]
     if counts[o] == keys.shape[1]:
@@ -172,7 +206,7 @@ def _push(o, key, column, half, margin, keys, columns, counts, lowest, best, los
         lowest[o] = max(lowest[o], best[o, 0] - margin[o])
 
 
-@njit(cache=True, nogil=True)
+@_kernel()
 def _thin(o, least, keys, columns, counts):  # type: ignore[no-untyped-def]
     kept = 0
     for t in range(counts[o]):
@@ -185,7 +219,7 @@ def _thin(o, least, keys, columns, counts):  # type: ignore[no-untyped-def]
         counts[o] = kept
 
 
-@njit(cache=True, nogil=True)
+@_kernel()
 def _last(a, b, own):  # type: ignore[no-untyped-def]
     _, _, _, keys, columns, counts, lowest, _, lost, _ = own
     for o in range(a, b):
@@ -194,7 +228,7 @@ def _last(a, b, own):  # type: ignore[no-untyped-def]
         _thin(o, lowest[o], keys, columns, counts)
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@_kernel(fastmath={"reassoc", "contract", "nsz"})
 def _dots(x, rows, others, sums, part, a, b):  # type: ignore[no-untyped-def]
     for start in range(0, x.shape[1], part):
         for r in range(a, b):
@@ -208,7 +242,7 @@ def _dots(x, rows, others, sums, part, a, b):  # type: ignore[no-untyped-def]
                 sums[r, t] += total
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@_kernel(fastmath={"reassoc", "contract", "nsz"})
 def _squares(x, rows, others, sums, part, a, b):  # type: ignore[no-untyped-def]
     for start in range(0, x.shape[1], part):
         for r in range(a, b):

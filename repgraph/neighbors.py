@@ -6,8 +6,14 @@ bound leaves as candidates is compared again in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from numbers import Integral
+from threading import Lock
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,13 +22,14 @@ from tqdm import tqdm
 
 from repgraph.candidates import Candidates, pair_sums
 from repgraph.precision import full_precision
-from repgraph.products import add_products_, add_upper_products_
+from repgraph.products import add_products_, add_upper_products_, alone
+from repgraph.threads import share
 
 Metric = Literal["cosine", "euclidean"]
 Screening = Literal["auto", "float32", "bfloat16"]
 
 _FEATURES = 512  # features per product: bounds the rounding error of the sum over all of them
-_ROWS = 256  # rows of a block in bfloat16
+_ROWS = 256  # rows that become bfloat16 at once
 _ROUNDING = 2.0**-8  # what bfloat16 may have rounded off a product, as a part of the rounded one
 _SAMPLE = 128  # rows at most that tell how crowded the candidates are
 _MANY, _NUMBERS = 1024, 2**19  # samples and numbers from which bfloat16 pays
@@ -30,7 +37,9 @@ _DEEP = 2**15  # features after which sums go on in float64
 _FEW = 8  # rows that are compared with all others without a float64 copy of these
 _SPARE = 6  # candidates kept beyond k, so that near ties rarely need the whole row again
 _TIE = 2.0**-40  # similarities closer than this are ties; the lowest index wins
-_BLOCK, _LEAST, _MOST = 2**25, 32, 2048  # similarities of a block, and rows at least and at most
+_BLOCK, _LEAST, _MOST = 2**25, 32, 2048  # similarities of a block on a GPU, and rows at least and at most
+_SIDES = 128, 1024  # rows of a tile, at least and at most
+_WORTH = 2**28  # multiply-adds that a thread is worth
 _WORKSPACE = 64 * 2**20  # bytes of float64 numbers held at once
 _NORM_FLOOR = 1e-8
 _SMALL, _LARGE = 1e-15, 1e15  # sizes whose products float32 holds
@@ -57,7 +66,7 @@ def knn(
     screening
         In what products are computed before candidates are compared in float64; the result is the same. "float32" (or
         float64, if x is); "bfloat16", of rows less their mean, on a CPU and for float32; "auto" takes it where the CPU
-        has instructions for it, from 1024 samples and 2^19 numbers on.
+        has instructions that halve the time of a product, as measured once, from 1024 samples and 2^19 numbers on.
     progress
         Show a bar of the rows: each counts once, and again where it is compared with all others.
 
@@ -76,15 +85,17 @@ def knn(
 
     Notes
     -----
-    The neighbour sets are those of float64 arithmetic on the given features, for any block size and number of
+    The neighbour sets are those of float64 arithmetic on the given features, for any size of tiles and number of
     threads; on a CPU the values are, too. Time: n^2 d / 2 multiply-adds in the type of x, plus the float64 comparisons
     of a few candidates of each row, but of a row with all others where too many of them are within the error of one
-    another, as when every similarity agrees to about 1e-5 (a huge common offset). Memory beyond x: a block of 2^25
-    similarities (32 n for n > 2^20), on a CPU 2 k + 96 candidates of a row, and about 100 MiB: 0.3 GB for n = 50,000.
-    A copy of x for distances, half a copy in bfloat16. An interrupt ends the search after the block at work.
+    another, as when every similarity agrees to about 1e-5 (a huge common offset). Memory beyond x: on a CPU
+    1024 x 1024 similarities a thread, 2 k + 96 candidates of a row, and about 100 MiB: 0.2 GB for n = 50,000; on a GPU
+    a block of 2^25 similarities (32 n for n > 2^20). A copy of x for distances, half a copy in bfloat16. An interrupt
+    ends the search after the tiles at work.
 
-    On a CPU the products are those of SciPy's BLAS (its threads are set by OMP_NUM_THREADS or threadpoolctl), and each
-    row keeps what lies within twice the error of its k-th best so far, in a compiled pass over every block. In bfloat16
+    On a CPU each of torch's threads (`torch.set_num_threads`) computes one tile of similarities after the other, by
+    SciPy's BLAS, which is kept to one thread meanwhile, or by torch in bfloat16; each row keeps what lies within twice
+    the error of its k-th best so far, in a compiled pass over every tile. In bfloat16
     the error of <w_i, w_j>, w the rows less their mean m, is below e_i \|w_j\| + \|v_i\| e_j + d u \|v_i\| \|v_j\|,
     with v_i = w_i rounded and e_i = \|w_i - v_i\| as measured, before it is rounded to s_ij: that adds 2^-8 |s_ij| at
     most, so that j is left out where s_ij + 2^-8 |s_ij| is less than the k-th largest of s_ic - 2^-8 |s_ic| by twice
@@ -212,14 +223,13 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_screen` compares, falling, and whose, (n, m); rows to compare among these, rows to compare with all."""
     n = len(z)
-    block = _block(n)
     if z.device.type == "cpu":
         factor = z.new_ones(n) if factor is None else factor
         half = z.new_zeros(n) if half is None else half
         found = Candidates(k, factor, half, torch.full((n,), 2 * _error(z), dtype=torch.float64))
-        return _compared(found, settled, z, block, lambda i, out: _upper_products(z, i, out), bar)
+        return _compared(found, settled, z, lambda rows, others, out: _tile(z[rows], z[others], out), alone, bar)
     m = min(k + _SPARE, n - 1)
-    values, indices = _screen(z, factor, half, m, block, bar)
+    values, indices = _screen(z, factor, half, m, _block(n), bar)
     near = values[:, k - 1] - 2 * _error(z)
     whole = ~settled & (values[:, -1] >= near) if m < n - 1 else torch.zeros_like(settled)
     some = ~settled & ~whole & (values[:, k] >= near) if m > k else torch.zeros_like(settled)
@@ -254,7 +264,11 @@ def _rough_candidates(
     found = Candidates(k, torch.ones(n), away, 2 * bound, 2 * _ROUNDING / (1 - _ROUNDING))
     if found.crowded(s, some):
         return None
-    return _compared(found, settled, x, _ROWS, lambda i, out: _upper(rows[i : i + len(out)] @ rows[i:].T, out), bar)
+
+    def product(some: slice, others: slice, out: Tensor) -> Tensor:
+        return _upper(rows[some] @ rows[others].T, out)
+
+    return _compared(found, settled, x, product, _one_thread, bar)
 
 
 def _upper(s: Tensor, out: Tensor | None = None) -> Tensor:
@@ -263,30 +277,55 @@ def _upper(s: Tensor, out: Tensor | None = None) -> Tensor:
     return out.add_(s.abs_(), alpha=_ROUNDING)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products by torch are computed in the thread that asks for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _compared(
     found: Candidates,
     settled: Tensor,
     x: Tensor,
-    block: int,
-    product: Callable[[int, Tensor], Tensor],
+    product: Callable[[slice, slice, Tensor], Tensor],
+    limit: Callable[[], AbstractContextManager[None]],
     bar: tqdm[Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_candidates` gives; `product` sets a block of rows from i on by all from i on. Blocks share one memory."""
-    n = len(x)
+    """What `_candidates` gives; `product` sets a tile of rows by rows.
+
+    Each thread takes one tile after the other, computes it alone and lets it compete: at any time at most one of them
+    adds to the candidates of a row.
+    """
+    n, d = x.shape
+    threads = min(torch.get_num_threads(), -(-n * n * (d + 100) // _WORTH))
+    side = max(_SIDES[0], min(_SIDES[1], -(-n // threads)))
+    count = -(-n // side)
+    tiles = deque((p, p + q) for q in (*range(1, count), 0) for p in range(count - q))
+    locks, counting, done = [Lock() for _ in range(count)], Lock(), 0
     found.skip(settled)
-    space = x.new_empty(max(min(block, n) * n, min(n * n, _WORKSPACE // x.itemsize)))
-    several: list[tuple[Tensor, int, int]] = []
-    used = 0
-    for i in range(0, n, block):
-        j = min(i + block, n)
-        size = (j - i) * (n - i)
-        if used + size > len(space):
-            found.add(several)
-            several, used = [], 0
-        several.append((product(i, space[used : used + size].view(j - i, n - i)), i, j))
-        used += size
-        bar.update(j - i)
-    found.add(several)
+
+    def work(parts: Iterator[tuple[int, int]]) -> None:
+        nonlocal done
+        space = x.new_empty(min(side, n) ** 2)
+        with limit():
+            for p, q in parts:
+                rows, others = (slice(at * side, min((at + 1) * side, n)) for at in (p, q))
+                shape = rows.stop - rows.start, others.stop - others.start
+                s = product(rows, others, space[: shape[0] * shape[1]].view(shape))
+                with locks[q]:
+                    found.add_columns(s, rows.start, others.start)
+                with locks[p]:
+                    found.add_rows(s, rows.start, others.start)
+                with counting:
+                    done += s.numel() * (1 if p == q else 2)
+                    bar.update(done // n - bar.n)
+
+    share(tiles, work, threads)
     indices, whole = found.found()
     whole &= ~settled
     return x.new_zeros(indices.shape), indices, ~settled & ~whole, whole
@@ -330,8 +369,23 @@ def _low(x: Tensor, screening: str) -> bool:
         raise ValueError(f"screening='bfloat16' needs float32 on a CPU, got {x.dtype} on {x.device}")
     if screening != "auto":
         return screening == "bfloat16"
-    fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return possible and fast and len(x) >= _MANY and x.numel() >= _NUMBERS
+    return possible and len(x) >= _MANY and x.numel() >= _NUMBERS and _bfloat16_is_fast()
+
+
+@cache
+def _bfloat16_is_fast() -> bool:
+    """Whether products in bfloat16 take half the time of float32 at most: not with every CPU that has instructions."""
+    if not any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")):
+        return False
+    seconds: dict[torch.dtype, float] = {}
+    with _one_thread(), full_precision(torch.device("cpu")):
+        for _ in range(3):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.ones(512, 512, dtype=dtype)
+                start = time.perf_counter()
+                x @ x.T
+                seconds[dtype] = min(time.perf_counter() - start, seconds.get(dtype, math.inf))
+    return seconds[torch.bfloat16] <= seconds[torch.float32] / 2
 
 
 def checked(x: Tensor, k: int, metric: str) -> Tensor:
@@ -413,9 +467,11 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return _summed(out, a.shape[1], lambda part, beta: add_products_(out, a[:, part], b[:, part], beta=beta))
 
 
-def _upper_products(x: Tensor, i: int, out: Tensor) -> Tensor:
-    """The products of some rows of x from i on with all from i on, each pair once."""
-    return _summed(out, x.shape[1], lambda part, beta: add_upper_products_(out, x[:, part], i, beta=beta))
+def _tile(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """As `_products`, into `out`; where these are the same rows, at least those right of the diagonal."""
+    if a.data_ptr() == b.data_ptr():
+        return _summed(out, a.shape[1], lambda part, beta: add_upper_products_(out, a[:, part], beta=beta))
+    return _summed(out, a.shape[1], lambda part, beta: add_products_(out, a[:, part], b[:, part], beta=beta))
 
 
 def _summed(out: Tensor, d: int, add: Callable[[slice, float], object]) -> Tensor:

@@ -1,16 +1,20 @@
-"""Products of rows with one another, each pair once, added to a matrix.
+"""Products of rows with one another, added to a matrix, each in the thread that asks for it.
 
-On a CPU they are those of SciPy's BLAS, whose threads wait for more work for a while, as those of torch do: where both
-take turns, as in a capture, they are in each other's way and torch alone is faster.
+On a CPU they are those of SciPy's BLAS. Its own threads are not used: they wait for more work for tens of milliseconds
+after each product, and whatever comes next has one core less.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from threading import Lock
 
 import torch
 from numba.extending import get_cython_function_address
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 
@@ -39,21 +43,47 @@ def add_products_(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> Te
     return out
 
 
-def add_upper_products_(out: Tensor, x: Tensor, i: int = 0, *, beta: float = 1.0) -> Tensor:
-    """As `add_products_`, to `out` (r, n - i), of r rows of x (n, d) from row i on with all from row i on; on a CPU.
+def add_upper_products_(out: Tensor, x: Tensor, *, beta: float = 1.0) -> Tensor:
+    """As `add_products_`, to `out` (n, n), of the rows of x (n, d) with one another; on a CPU.
 
-    Of two of these r rows the product of the earlier with the later one is set, the other may be.
+    What is on the diagonal and right of it is set, the rest may be.
     """
-    r, x = len(out), x[i:]
-    if out.shape[1] != len(x) or out.dtype != x.dtype:
+    if out.shape != (len(x), len(x)) or out.dtype != x.dtype:
         shapes = f"{tuple(x.shape)} of {x.dtype} and {tuple(out.shape)} of {out.dtype}"
-        raise ValueError(f"rows (n - i, d) and out (r, n - i) must be of one type, got {shapes}")
+        raise ValueError(f"rows (n, d) and out (n, n) must be of one type, got {shapes}")
     x = _with_rows(x)
-    sizes = _integer(r), _integer(x.shape[1])
+    sizes = _integer(len(x)), _integer(x.shape[1])
     _SYRK[out.dtype](b"L", b"T", *sizes, _number(out, 1), *_matrix(x), _number(out, beta), *_matrix(out))
-    if r < len(x):
-        add_products_(out[:, r:], x[:r], x[r:], beta=beta)
     return out
+
+
+class _Alone:
+    """Limits BLAS to the calling thread while anybody wants that."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.limits = Lock(), 0, ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.lock:
+            if self.users == 0:
+                self.limits.enter_context(_controller().limit(limits=1, user_api="blas"))
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if self.users == 0:
+                    self.limits.close()
+
+
+alone = _Alone()
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _with_rows(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
-from repgraph import candidates, neighbors
+from repgraph import neighbors
 from repgraph.candidates import Candidates
 from repgraph.neighbors import as_samples, knn
 from repgraph.precision import full_precision
@@ -128,6 +128,21 @@ def test_neighbours_are_exact_in_any_precision(name, metric):
     assert_exact(x, 4, metric, "float32")
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", [*ADVERSARIAL, *CROWDED])
+def test_neighbours_are_exact_in_small_tiles_of_several_threads(name, metric, monkeypatch):
+    x, before = (ADVERSARIAL | CROWDED)[name], torch.get_num_threads()
+    monkeypatch.setattr(neighbors, "_SIDES", (1, 37))
+    monkeypatch.setattr(neighbors, "_WORTH", 1)
+    torch.set_num_threads(3)
+    try:
+        assert_exact(x.float(), 4, metric, "bfloat16")
+        assert_exact(x, 4, metric, "float32")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 DECIDED = {
     "normal": lambda: normal(600, 300),
     "behind a ReLU": lambda: CROWDED["behind a ReLU"],
@@ -160,9 +175,9 @@ def rough_errors(x, metric, monkeypatch):
     used = []
 
     class Recorded(Candidates):
-        def add(self, blocks):
-            used.extend((self, s.clone().double(), i, j) for s, i, j in blocks)
-            super().add(blocks)
+        def add_rows(self, s, i, j):
+            used.append((self, s.clone().double(), i, j))
+            super().add_rows(s, i, j)
 
     with monkeypatch.context() as patch:
         patch.setattr(neighbors, "Candidates", Recorded)
@@ -174,12 +189,13 @@ def rough_errors(x, metric, monkeypatch):
         true = -(true / largest).square() / 2
     shares = []
     for found, s, i, j in used:
-        off = s - torch.from_numpy(found.half)[i:].double() - true[i:j, i:]  # infinite for a row with itself
+        rows, others = slice(i, i + len(s)), slice(j, j + s.shape[1])
+        off = s - torch.from_numpy(found.half)[others].double() - true[rows, others]  # infinite for a row with itself
         ends = off, off - found.rounding * s.abs(), off - found.rounding / 2 * s.abs()
         highest = [end.nan_to_num(posinf=-9).amax(1) for end in ends]
         lowest = [end.nan_to_num(posinf=9).amin(1) for end in ends]
         spread = torch.stack((highest[1] - lowest[0], highest[2] - lowest[2]))
-        shares.append(spread / torch.from_numpy(found.margin)[i:j])
+        shares.append(spread / torch.from_numpy(found.margin)[rows])
     return torch.cat(shares, 1)[:, :-1].amax(1)  # the last row has nobody behind it
 
 
@@ -203,12 +219,23 @@ def test_errors_in_bfloat16_keep_to_their_bound(x, metric, monkeypatch):
 @pytest.mark.parametrize("x", [normal(1500, 30), (normal(1500, 300) + 1).relu()], ids=["normal", "behind a ReLU"])
 def test_values_do_not_depend_on_how_products_were_summed(x, metric, monkeypatch):
     expected = knn(x, 5, metric=metric, screening="float32")
-    for change in ({"screening": "bfloat16"}, {"_block": lambda n: 200}, {"_FEATURES": 16}):
+    for change in ({"screening": "bfloat16"}, {"_SIDES": (1, 200)}, {"_FEATURES": 16}):
         with monkeypatch.context() as patch:
             for name in change.keys() - {"screening"}:
                 patch.setattr(neighbors, name, change[name])
             found = knn(x, 5, metric=metric, screening=change.get("screening", "float32"))
         assert all(map(torch.equal, found, expected))
+
+
+def add_tiles(found, s, side, shuffled=0):
+    """In any order."""
+    n = len(s)
+    tiles = [(i, j) for i in range(0, n, side) for j in range(i, n, side)]
+    for at in torch.randperm(len(tiles), generator=torch.Generator().manual_seed(shuffled)).tolist():
+        i, j = tiles[at]
+        tile = s[i : i + side, j : j + side].contiguous()
+        found.add_columns(tile, i, j)
+        found.add_rows(tile, i, j)
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.floats(0, 0.5), st.sampled_from([0, 0.01, 0.2]), seeds)
@@ -219,12 +246,7 @@ def test_candidates_hold_all_within_the_margin(n, k, margin, rounding, seed):
     factor, half = torch.rand(n, generator=torch.Generator().manual_seed(seed)) + 0.5, normal(n, seed=seed + 1)
     factor, half = (torch.ones(n), half) if seed % 2 or rounding else (factor, torch.zeros(n))
     found = Candidates(k, factor, half, torch.full((n,), margin, dtype=torch.float64), rounding)
-    blocks, together, block = [], 1 + seed % 3, 1 + seed % 70
-    for i in range(0, n, block):
-        blocks.append((s[i : i + block, i:].contiguous(), i, min(i + block, n)))
-        if len(blocks) == together or blocks[-1][2] == n:
-            found.add(blocks)
-            blocks = []
+    add_tiles(found, s, 1 + seed % 70, shuffled=seed)
     columns, gave_up = found.found()
     entries = factor[:, None] * factor * s - half[:, None] - half
     entries.fill_diagonal_(-torch.inf)
@@ -242,11 +264,11 @@ def test_a_row_with_too_many_candidates_gives_up():
     s = torch.eye(n)
     s[0] = s[:, 0] = 0.5  # row 0 has 299 alike, each other row has one
     found = Candidates(k, torch.ones(n), torch.zeros(n), torch.full((n,), 0.1, dtype=torch.float64))
-    found.add([(s, 0, n)])
+    add_tiles(found, s, n)
     columns, gave_up = found.found()
     assert gave_up.all()  # the others' second best is one of 298 zeros
     found = Candidates(1, torch.ones(n), torch.zeros(n), torch.full((n,), 0.1, dtype=torch.float64))
-    found.add([(s, 0, n)])
+    add_tiles(found, s, n)
     columns, gave_up = found.found()
     assert gave_up.nonzero().flatten().tolist() == [0]
     assert (columns[1:, 0] == 0).all()
@@ -260,7 +282,8 @@ def test_ties_of_the_first_entries_are_left_behind_by_larger_ones(rest):
     s[:, n - rest :] = s[n - rest :] = 0.5
     found = Candidates(k, torch.ones(n), torch.zeros(n), torch.full((n,), 0.1, dtype=torch.float64))
     for i in range(0, n, 60):
-        found.add([(s[i : i + 60, i:].contiguous(), i, i + 60)])
+        found.add_columns(s[i : i + 60, i:].contiguous(), i, i)
+        found.add_rows(s[i : i + 60, i:].contiguous(), i, i)
     columns, gave_up = found.found()
     assert gave_up[: n - rest].tolist() == [rest < k] * (n - rest)
     assert gave_up[n - rest :].all()
@@ -281,8 +304,10 @@ def interrupt():
 
 @pytest.mark.parametrize("n", [600, 1500])
 def test_an_interrupt_ends_the_search_at_once(n, monkeypatch):
-    x, products, threads = normal(n, 900), neighbors.add_upper_products_, threading.active_count()
+    x, products = normal(n, 900), neighbors.add_upper_products_
     made = []
+    knn(x, 3, screening="float32")  # threads are kept
+    threads = threading.active_count()
 
     def interrupted(*args, **options):
         made.append(args[0].shape)
@@ -299,29 +324,6 @@ def test_an_interrupt_ends_the_search_at_once(n, monkeypatch):
     assert threading.active_count() == threads
     assert torch.get_float32_matmul_precision() == precision
     assert_exact(x, 3, "cosine")
-
-
-def test_an_interrupt_waits_for_the_work_of_threads():
-    before, done, threads = torch.get_num_threads(), [], threading.active_count()
-
-    both = threading.Barrier(2)
-
-    def work(start, stop):
-        both.wait()
-        threading.Event().wait(0.1)  # by now the first thread waits for these
-        if start == 0:
-            interrupt()
-        threading.Event().wait(0.1)
-        done.append((start, stop))
-
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            candidates._shared(0, 100, work)
-    finally:
-        torch.set_num_threads(before)
-    assert sorted(done) == [(0, 50), (50, 100)]
-    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize(("n", "screening"), [(150, "float32"), (3000, "float32"), (300, "bfloat16")])

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch._subclasses import FakeTensorMode
 
-from repgraph.products import add_products_, add_upper_products_
+from repgraph.products import add_products_, add_upper_products_, alone
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -36,19 +37,17 @@ def close(found, expected, dtype):
 def test_products_are_those_of_numpy(layout, n, d, dtype):
     x = LAYOUTS[layout](n, d, dtype)
     expected = x.double().numpy() @ x.double().numpy().T
+    room = torch.full((n + 2, n + 3), torch.nan, dtype=dtype)
+    upper = add_upper_products_(room[1 : n + 1, 2 : n + 2], x, beta=0)
+    close(upper.triu(), np.triu(expected), dtype)
+    close(add_upper_products_(upper, x).triu(), 2 * np.triu(expected), dtype)
+    assert room.isnan().sum() >= room.numel() - upper.numel()  # nothing is written beside it
+    assert room[0].isnan().all()
+    assert room[:, :2].isnan().all()
     for i in {0, n // 2, n - 1}:
-        r = max(1, (n - i) // 2)
-        room = torch.full((n + 2, n - i + 3), torch.nan, dtype=dtype)
-        upper = add_upper_products_(room[1 : r + 1, 2 : n - i + 2], x, i, beta=0)
-        right = np.triu(expected[i : i + r, i:])
-        close(upper.triu(), right, dtype)
-        close(add_upper_products_(upper, x, i).triu(), 2 * right, dtype)
-        assert room.isnan().sum() >= room.numel() - upper.numel()  # nothing is written beside it
-        assert room[0].isnan().all()
-        assert room[:, :2].isnan().all()
-        general = torch.full((r, n), torch.nan, dtype=dtype)
-        close(add_products_(general, x[i : i + r], x, beta=0), expected[i : i + r], dtype)
-        close(add_products_(general, x[i : i + r], x, beta=0.5), 1.5 * expected[i : i + r], dtype)
+        general = torch.full((n - i, n), torch.nan, dtype=dtype)
+        close(add_products_(general, x[i:], x, beta=0), expected[i:], dtype)
+        close(add_products_(general, x[i:], x, beta=0.5), 1.5 * expected[i:], dtype)
 
 
 def test_what_does_not_fit_is_refused():
@@ -72,3 +71,23 @@ def test_products_stay_on_cuda():
         x = torch.empty(600, 40, device="cuda")
         out = add_products_(torch.empty(600, 600, device="cuda"), x, x)
         assert (out.device.type, out.shape) == ("cuda", (600, 600))
+
+
+def blas_threads():
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["nested", "overlapping"])
+def test_blas_is_kept_to_one_thread_until_the_last_user_leaves(order):
+    with threadpool_limits(3, user_api="blas"):
+        users = alone(), alone()
+        for user in users:
+            user.__enter__()
+        assert blas_threads() == {1}
+        users[order[0]].__exit__(None, None, None)
+        assert blas_threads() == {1}
+        users[order[1]].__exit__(None, None, None)
+        assert blas_threads() == {3}
+        with pytest.raises(OSError, match="inside"), alone():
+            raise OSError("inside")
+        assert blas_threads() == {3}
