@@ -154,9 +154,10 @@ def _distances(w: Tensor, b: Tensor, group: Tensor, rho: float, normalize: bool,
     cosine = torch.where(group[:, None] == group, unit @ unit.T, 0.0).clamp(-1, 1)
     alive = norm > 0
     b = b / norm if normalize else b
-    sign = torch.where(cosine < 0, -1.0, 1.0) if ignore else torch.ones_like(cosine)
+    # Rounding keeps a cosine from 0, where the sign would be its own, and from 1 by a few units in the last place.
+    rounding = 16 * torch.finfo(cosine.dtype).eps
+    sign = torch.where(cosine < -rounding, -1.0, 1.0) if ignore else torch.ones_like(cosine)
     d = (1 - cosine.abs()).clamp_min(0) + rho * (b[:, None] - sign * b).abs()
-    # A cosine that rounding keeps from 1 leaves a few units in the last place.
-    d = torch.where(d < 16 * torch.finfo(d.dtype).eps, 0.0, d)
+    d = torch.where(d < rounding, 0.0, d)
     d = torch.where(alive[:, None] & alive, d, torch.nan)
     return d.fill_diagonal_(0)
