@@ -227,7 +227,7 @@ def _candidates(
         factor = z.new_ones(n) if factor is None else factor
         half = z.new_zeros(n) if half is None else half
         found = Candidates(k, factor, half, torch.full((n,), 2 * _error(z), dtype=torch.float64))
-        return _compared(found, settled, z, lambda rows, others, out: _tile(z[rows], z[others], out), alone, bar)
+        return _compared(found, settled, z, lambda rows, others, out: _tile(z, rows, others, out), alone, bar)
     m = min(k + _SPARE, n - 1)
     values, indices = _screen(z, factor, half, m, _block(n), bar)
     near = values[:, k - 1] - 2 * _error(z)
@@ -467,9 +467,10 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return _summed(out, a.shape[1], lambda part, beta: add_products_(out, a[:, part], b[:, part], beta=beta))
 
 
-def _tile(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """As `_products`, into `out`; where these are the same rows, at least those right of the diagonal."""
-    if a.data_ptr() == b.data_ptr():
+def _tile(x: Tensor, rows: slice, others: slice, out: Tensor) -> Tensor:
+    """Products of rows of x with others, into `out`; of rows with themselves at least those right of the diagonal."""
+    a, b = x[rows], x[others]
+    if rows == others:
         return _summed(out, a.shape[1], lambda part, beta: add_upper_products_(out, a[:, part], beta=beta))
     return _summed(out, a.shape[1], lambda part, beta: add_products_(out, a[:, part], b[:, part], beta=beta))
 

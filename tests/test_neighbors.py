@@ -92,6 +92,7 @@ ADVERSARIAL = {
     "common offset in float64": normal(200, 20, dtype=torch.float64) + 1e4,
     "all rows equal": torch.ones(50, 5),
     "all rows zero": torch.zeros(50, 5),
+    "one row many times": normal(1, 6).expand(200, 6),
     "rows of one value": integers(200, 1).expand(200, 6),
     "dead rows": (normal(200, 5) - 1).relu(),
     "one hot": torch.eye(50),
