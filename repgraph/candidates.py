@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +9,7 @@ import torch
 from numba import njit, uint64
 from torch import Tensor
 
-from repgraph.threads import share
+from repgraph.threads import share_range
 
 _CROWD = 80  # candidates beyond k that a row may have
 _RUN = 32  # entries compared with the threshold before any is looked at
@@ -84,7 +81,7 @@ class Candidates:
 
     def found(self) -> tuple[Tensor, Tensor]:
         """Columns (n, m), -1 where there are fewer, and which rows gave up."""
-        _shared(0, len(self.keys), lambda a, b: _last(a, b, self.own), _ENTRIES // self.keys.shape[1])
+        share_range(0, len(self.keys), lambda a, b: _last(a, b, self.own), _ENTRIES // self.keys.shape[1])
         m = max(self.k, int(self.counts.max()))
         return torch.from_numpy(self.columns[:, :m]).long(), torch.from_numpy(self.counts) < 0
 
@@ -96,23 +93,8 @@ def pair_sums(x: Tensor, rows: Tensor, others: Tensor, metric: str) -> Tensor:
     kernel = _dots if metric == "cosine" else _squares
     least = _WORTH * len(of) // (values.shape[1] * max(1, int((to >= 0).sum())))
     part = _PART if len(values) <= _FEW else values.shape[1]
-    _shared(0, len(of), lambda a, b: kernel(values, of, to, sums, part, a, b), max(16, least))
+    share_range(0, len(of), lambda a, b: kernel(values, of, to, sums, part, a, b), max(16, least))
     return torch.from_numpy(sums)
-
-
-def _shared(start: int, stop: int, work: Callable[[int, int], None], least: int = 16) -> None:
-    """Do start to stop in equal parts, one for each of torch's threads, none for much less than the least."""
-    threads = min(torch.get_num_threads(), -(-(stop - start) // least))
-    if threads <= 1:
-        work(start, stop)
-        return
-    bounds = np.linspace(start, stop, threads + 1).astype(int).tolist()
-
-    def some(parts: Iterator[tuple[int, int]]) -> None:
-        for part in parts:
-            work(*part)
-
-    share(deque(pairwise(bounds)), some, threads)
 
 
 def _kernel(fastmath: bool | set[str] = False) -> Any:

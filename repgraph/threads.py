@@ -7,7 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
+from itertools import pairwise
 from typing import TypeVar
+
+import numpy as np
+import torch
 
 Part = TypeVar("Part")
 
@@ -33,6 +37,21 @@ def share(parts: deque[Part], work: Callable[[Iterator[Part]], None], threads: i
     for other in others:
         if not other.cancelled():
             other.result()
+
+
+def share_range(start: int, stop: int, work: Callable[[int, int], None], least: int = 16) -> None:
+    """Do start to stop in equal parts, one for each of torch's threads, none for much less than the least."""
+    threads = min(torch.get_num_threads(), -(-(stop - start) // least))
+    if threads <= 1:
+        work(start, stop)
+        return
+    bounds = np.linspace(start, stop, threads + 1).astype(int).tolist()
+
+    def some(parts: Iterator[tuple[int, int]]) -> None:
+        for part in parts:
+            work(*part)
+
+    share(deque(pairwise(bounds)), some, threads)
 
 
 def _taken(parts: deque[Part]) -> Iterator[Part]:

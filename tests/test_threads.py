@@ -8,8 +8,9 @@ import threading
 from collections import Counter, deque
 
 import pytest
+import torch
 
-from repgraph.threads import _pool, share
+from repgraph.threads import _pool, share, share_range
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -24,6 +25,22 @@ def test_each_part_is_done_once(threads):
     assert Counter(done) == Counter(range(1000))
     assert threading.main_thread().name in names
     assert len(names) <= threads
+
+
+@pytest.mark.parametrize(
+    ("threads", "stop", "parts"), [(1, 97, 1), (3, 97, 3), (3, 20, 2), (3, 16, 1), (3, 0, 1)], ids=str
+)
+def test_a_range_falls_into_equal_parts_that_are_worth_a_thread(threads, stop, parts):
+    before, done = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        share_range(5, 5 + stop, lambda a, b: done.append((a, b)), least=16)
+    finally:
+        torch.set_num_threads(before)
+    assert [at for a, b in sorted(done) for at in range(a, b)] == list(range(5, 5 + stop))
+    sizes = [b - a for a, b in done]
+    assert len(sizes) == parts
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_threads_work_at_the_same_time():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from numbers import Integral
 from typing import Literal
 
@@ -11,6 +9,8 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+from repgraph.threads import share_range
 
 Preset = Literal["zhao2022"]
 
@@ -97,10 +97,7 @@ def feature_birth(
         for number, one in enumerate(flat):
             births[number] = _birth_by_gudhi(one, last)
     else:
-        threads = max(1, min(torch.get_num_threads(), len(flat) // 64))
-        cuts = np.linspace(0, len(flat), threads + 1).astype(int)
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda cut: _births(flat[slice(*cut)], last, births[slice(*cut)]), pairwise(cuts)))
+        share_range(0, len(flat), lambda a, b: _births(flat[a:b], last, births[a:b]), 64)
     return torch.from_numpy(births.reshape(shape))
 
 
