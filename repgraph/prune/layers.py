@@ -142,7 +142,8 @@ def drop_layers(model: nn.Module, names: str | Sequence[str] | Plan, example: ob
     reasons = []
     for build in (_taken_out, _replaced):
         smaller = deepcopy(model)
-        by_id = {id(module): name for name, module in smaller.named_modules()}
+        modules = dict(smaller.named_modules())  # held, or a new module may take the id of one that goes
+        by_id = {id(module): name for name, module in modules.items()}
         try:
             build(smaller, dropped, plan.repairs, by_id)
             found = run_example(smaller, example)
